@@ -1,0 +1,1 @@
+"""Training of Libra: the stages of the paper as scripts, and the small world `libra-tiny` learns from."""
