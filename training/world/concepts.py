@@ -53,7 +53,9 @@ def load_concepts(count: int = NUM_CONCEPTS) -> tuple[Concept, ...]:
     """
     entries = json.loads(Path(__file__).with_name("concepts.json").read_text(encoding="utf-8"))
     if not 1 <= count <= len(entries):
-        raise ValueError(f"count is {count}, but concepts.json has {len(entries)} concepts: choose 1 to {len(entries)}.")
+        raise ValueError(
+            f"count is {count}, but concepts.json has {len(entries)} concepts: choose 1 to {len(entries)}."
+        )
     return tuple(Concept(e["label"], e["zh"], e["group"], e["sub"], e["names"]) for e in entries[:count])
 
 
@@ -107,7 +109,8 @@ def load_other_subjects(concepts: Sequence[Concept], source: Path, cache: Path |
     All further emoji of the training vendors, for learning to see: those that are none of the concepts.
 
     Skin tone variants, flags, keycaps, buttons and clocks are left out: they differ in details only. Drawings of
-    several vendors are one subject when their names are the same apart from hyphens.
+    several vendors are one subject when their names are the same apart from hyphens; what only one vendor draws is left
+    out.
 
     Args:
         concepts (`Sequence[Concept]`): The concepts to leave out.
@@ -120,7 +123,9 @@ def load_other_subjects(concepts: Sequence[Concept], source: Path, cache: Path |
         collection = json.loads(find_vendor_file(source, vendor).read_text(encoding="utf-8"))
         taken = {resolve_icon(collection, c.icon_names[vendor])[0] for c in concepts if vendor in c.icon_names}
         wanted = [
-            name for name in collection["icons"] if name not in taken and not any(part in name for part in _SKIPPED_ICONS)
+            name
+            for name in collection["icons"]
+            if name not in taken and not any(part in name for part in _SKIPPED_ICONS)
         ]
         icons = load_icons(vendor, wanted, source, cache)
         for name, pixels in icons.pixels.items():
@@ -131,5 +136,5 @@ def load_other_subjects(concepts: Sequence[Concept], source: Path, cache: Path |
     return [
         Subject(labels[key], tuple(p for _, p in drawn), tuple(v for v, _ in drawn))
         for key, drawn in sorted(drawings.items())
-        if key not in known
+        if key not in known and len(drawn) > 1
     ]

@@ -31,12 +31,12 @@ class SceneObject:
     Args:
         subject (`int`): Index of the subject; for concepts the index of the concept.
         cell (`int`, *optional*): Index into [`CELLS`]; `None` for the one object of a single.
-        vendor (`str`): Whose drawing it is.
+        drawing (`int`): Index of the drawing among the subject's; `subject.vendors[drawing]` made it.
     """
 
     subject: int
     cell: int | None
-    vendor: str
+    drawing: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ class World:
         if not 1 <= self.max_objects <= len(CELLS):
             raise ValueError(f"max_objects is {self.max_objects}, but a grid has {len(CELLS)} cells: choose 1 to 4.")
         if len(self.subjects) < self.max_objects:
-            raise ValueError(f"{self.max_objects} different objects an image need as many subjects; got {len(self.subjects)}.")
+            raise ValueError(
+                f"{self.max_objects} different objects an image need as many subjects; got {len(self.subjects)}."
+            )
         weights = np.ones(len(self.subjects)) if self.weights is None else np.asarray(self.weights, dtype=np.float64)
         if weights.shape != (len(self.subjects),):
             raise ValueError(f"weights has shape {weights.shape}, expected ({len(self.subjects)},), one a subject.")
@@ -158,7 +160,7 @@ class World:
             drawing = int(rng.integers(len(self.subjects[subject].drawings)))
             icon = Image.fromarray(self.subjects[subject].drawings[drawing])
             self._place(canvas, icon, cell, rng)
-            objects.append(SceneObject(subject, cell, self.subjects[subject].vendors[drawing]))
+            objects.append(SceneObject(subject, cell, drawing))
         caption = describe([self.subjects[subject].label for subject in subjects], cells)
         return Scene(canvas, tuple(objects), caption)
 
@@ -191,3 +193,21 @@ def _background(rng: np.random.Generator) -> tuple[int, int, int]:
         return (255, 255, 255)
     red, green, blue = rng.integers(205, 256, size=3).tolist()
     return (red, green, blue)
+
+
+def evaluation_images(world: World, count: int) -> list[Scene]:
+    """
+    Singles for measuring: each subject in turn, in layouts that depend on the world's seed and split alone.
+
+    Args:
+        world ([`World`]): Whose subjects, seed and split are used; its augmentation should be off.
+        count (`int`): How many images; image `i` shows subject `i % len(world.subjects)`.
+
+    Returns:
+        `list[Scene]`: The scenes.
+    """
+    scenes = []
+    for index in range(count):
+        rng = np.random.default_rng([world.seed, SPLITS[world.split], 1_000_000 + index])
+        scenes.append(world.compose([index % len(world.subjects)], [None], rng))
+    return scenes

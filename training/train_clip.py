@@ -1,0 +1,300 @@
+"""
+Stage 0: a small CLIP, trained contrastively. (At full size OpenAI's CLIP-ViT-L/14-336 is used instead.)
+
+    python -m training.train_clip --config training/configs/tiny/clip.yaml
+    python -m training.train_clip --config training/configs/tiny/clip.yaml --max_steps 10 --output_dir /tmp/clip
+    python -m training.train_clip --config my.yaml --dataset path/to/imagefolder
+
+`--resume_from_checkpoint auto` continues from the last checkpoint in the output folder. Written there: the whole
+CLIPModel with the tokenizer of its text tower, the vision tower alone with its image processor in `vision/` (what the
+image tokenizer reads), and `metrics.json`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+from trl import TrlParser
+
+from .clip_evaluation import libra_features, probe_accuracy, zero_shot_accuracy
+from .clip_objective import NOTHING, ClipCollator, ClipObjective, train_text_tokenizer
+from .images import CLIP_MEAN, CLIP_STD, CaptionedFolder, to_pixel_values
+from .teacher import TEACHER_WIDTH, load_features
+from .world.augment import Augmentation
+from .world.concepts import Subject, load_concepts, load_other_subjects, load_subjects
+from .world.icons import TRAIN_VENDORS, UNSEEN_VENDOR, install_icons
+from .world.scenes import World, evaluation_images
+
+
+@dataclass
+class ClipArguments:
+    """
+    What is trained, on what.
+
+    Args:
+        dataset (`str`, *optional*, defaults to `"world"`): `"world"`, or a folder of images with captions.
+        icons (`str`, *optional*): Folder with iconify JSON files; by default they are installed with npm.
+        vision_config (`dict`, *optional*): Settings of `CLIPVisionConfig`.
+        text_config (`dict`, *optional*): Settings of `CLIPTextConfig`; `vocab_size` is the most tokens there may be.
+        projection_dim (`int`, *optional*, defaults to 128): Width of the space shared by images and texts.
+        select_layers (`list[int]`, *optional*, defaults to `[2, 4, 6, 8]`): Layers Libra reads, for the probe.
+        concept_fraction (`float`, *optional*, defaults to 0.6): Share of objects that are concepts; the others are
+            further emoji. 1 leaves the further emoji out.
+        single_fraction (`list[float]`, *optional*, defaults to `[0.2, 0.7]`): Share of singles at the beginning and
+            the end of training. Grids teach more per image, singles are what is asked for in the end.
+        augmentation (`dict`, *optional*): Settings of [`Augmentation`].
+        teacher_size (`int`, *optional*, defaults to 128): Side at which the teacher looks at drawings; 0: no teacher.
+        teacher_weight (`float`, *optional*, defaults to 3.0): Weight of the teacher's term.
+    """
+
+    dataset: str = field(default="world", metadata={"help": "'world', or a folder of images with captions."})
+    icons: str | None = field(default=None, metadata={"help": "Folder with iconify JSON files (default: npm)."})
+    vision_config: dict = field(default_factory=dict, metadata={"help": "Settings of CLIPVisionConfig."})
+    text_config: dict = field(default_factory=dict, metadata={"help": "Settings of CLIPTextConfig."})
+    projection_dim: int = field(default=128, metadata={"help": "Width of the shared space."})
+    select_layers: list[int] = field(default_factory=lambda: [2, 4, 6, 8], metadata={"help": "Layers Libra reads."})
+    concept_fraction: float = field(default=0.6, metadata={"help": "Share of objects that are concepts."})
+    single_fraction: list[float] = field(
+        default_factory=lambda: [0.2, 0.7], metadata={"help": "Share of singles at the beginning and the end."}
+    )
+    augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
+    teacher_size: int = field(default=128, metadata={"help": "Side at which the teacher looks; 0: no teacher."})
+    teacher_weight: float = field(default=3.0, metadata={"help": "Weight of the teacher's term."})
+
+
+class WorldSamples(torch.utils.data.Dataset):
+    """
+    Scenes as samples for [`ClipCollator`].
+
+    Args:
+        world ([`World`]): The scenes.
+        image_size (`int`): Side of the images CLIP reads.
+    """
+
+    def __init__(self, world: World, image_size: int) -> None:
+        self.world = world
+        self.image_size = image_size
+        counts = [len(subject.drawings) for subject in world.subjects]
+        self.first_drawing = np.concatenate([[0], np.cumsum(counts)])  # drawings of all subjects in one row
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def __getitem__(self, index: int) -> dict:
+        """Sample `index`: `pixel_values` `(3, size, size)`, `caption`, `regions` and `drawings`."""
+        scene = self.world[index]
+        regions: list[str | None] = [None] * 5 if scene.is_single else [None, *[NOTHING] * 4]
+        drawings = [-1] * 5
+        for item in scene.objects:
+            region = 0 if item.cell is None else item.cell + 1
+            regions[region] = self.world.subjects[item.subject].label
+            drawings[region] = int(self.first_drawing[item.subject]) + item.drawing
+        pixels = to_pixel_values(scene.image, self.image_size)
+        return {"pixel_values": pixels, "caption": scene.caption, "regions": regions, "drawings": drawings}
+
+
+class FolderSamples(torch.utils.data.Dataset):
+    """
+    Captioned images as samples for [`ClipCollator`]: the caption names the whole image.
+
+    Args:
+        folder ([`CaptionedFolder`]): The images.
+        image_size (`int`): Side of the images CLIP reads.
+    """
+
+    def __init__(self, folder: CaptionedFolder, image_size: int) -> None:
+        self.folder = folder
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: int) -> dict:
+        """Sample `index`: `pixel_values` `(3, size, size)`, `caption` and `regions`."""
+        image, caption = self.folder[index]
+        pixels = to_pixel_values(image, self.image_size)
+        return {"pixel_values": pixels, "caption": caption, "regions": [caption, None, None, None, None]}
+
+
+class ClipTrainer(Trainer):
+    """A [`Trainer`] that also logs the terms of the loss, averaged since the last log."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._terms: dict[str, list[float]] = {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a batch; its terms are kept for the next log."""
+        outputs = model(**inputs)
+        for name, value in outputs.items():
+            if name != "loss":
+                self._terms.setdefault(name, []).append(float(value))
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log, with the terms of the loss added."""
+        if "loss" in logs:
+            logs |= {name: round(sum(values) / len(values), 4) for name, values in self._terms.items()}
+            logs["logit_scale"] = round(self.model.clip.logit_scale.detach().exp().item(), 2)
+            self._terms.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def build_world(script: ClipArguments, subjects: list[Subject], num_concepts: int, args: TrainingArguments) -> World:
+    """The training scenes: concepts and further emoji, singles and grids, with augmentation."""
+    weights = np.ones(len(subjects))
+    weights[:num_concepts] = script.concept_fraction / num_concepts
+    if len(subjects) > num_concepts:
+        weights[num_concepts:] = (1 - script.concept_fraction) / (len(subjects) - num_concepts)
+    start, end = script.single_fraction
+    return World(
+        subjects,
+        split="train",
+        length=args.max_steps * args.train_batch_size * args.gradient_accumulation_steps,
+        seed=args.data_seed or args.seed,
+        single_fraction=(start, end),
+        max_objects=4,
+        augmentation=Augmentation(**script.augmentation),
+        weights=weights,
+    )
+
+
+def build_model(script: ClipArguments, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+    """A CLIPModel with fresh weights whose text tower fits the tokenizer."""
+    text_config = {
+        **script.text_config,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = CLIPConfig(
+        text_config=text_config, vision_config=script.vision_config, projection_dim=script.projection_dim
+    )
+    return CLIPModel(config)
+
+
+@torch.inference_mode()
+def measure(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, script: ClipArguments, source: Path) -> dict:
+    """
+    Zero-shot and probe accuracy on singles of the concepts: new layouts of training vendors, and the unseen vendor.
+
+    Args:
+        model (`CLIPModel`): The trained model.
+        tokenizer (`PreTrainedTokenizerFast`): Tokenizer of its text tower.
+        script ([`ClipArguments`]): For the layers Libra reads.
+        source (`Path`): Folder with the iconify JSON files.
+
+    Returns:
+        `dict[str, float]`: Accuracies in [0, 1], and chance.
+    """
+    model.eval()
+    size = model.config.vision_config.image_size
+    concepts = load_concepts()
+    known = load_subjects(concepts, TRAIN_VENDORS, source)
+    unseen = load_subjects(concepts, (UNSEEN_VENDOR,), source)
+    sets = {}
+    for name, subjects, split, count in (
+        ("probe", known, "train", 2000),
+        ("train_vendors", known, "validation", 500),
+        ("unseen_vendor", unseen, "test", 100),
+    ):
+        scenes = evaluation_images(World(subjects, split, count), count)
+        pixels = torch.stack([to_pixel_values(scene.image, size) for scene in scenes])
+        sets[name] = pixels, torch.tensor([scene.objects[0].subject for scene in scenes])
+    features = {
+        name: libra_features(model.vision_model, pixels, script.select_layers) for name, (pixels, _) in sets.items()
+    }
+    tested = ("train_vendors", "unseen_vendor")
+    probe = probe_accuracy(
+        (features["probe"], sets["probe"][1]), [(features[name], sets[name][1]) for name in tested], len(concepts)
+    )
+    labels = [concept.label for concept in concepts]
+    metrics = {f"probe_{name}": accuracy for name, accuracy in zip(tested, probe)}
+    for name in tested:
+        metrics[f"zero_shot_{name}"] = zero_shot_accuracy(model, tokenizer, *sets[name], labels)
+    return {name: round(value, 4) for name, value in metrics.items()} | {"chance": 1 / len(concepts)}
+
+
+def save(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the whole model, and the vision tower with its image processor in `vision/`."""
+    size = model.config.vision_config.image_size
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.vision_model.save_pretrained(folder / "vision")
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=CLIP_MEAN.tolist(),
+        image_std=CLIP_STD.tolist(),
+    )
+    image_processor.save_pretrained(folder)
+    image_processor.save_pretrained(folder / "vision")
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """
+    Train, save and measure.
+
+    Args:
+        arguments (`list[str]`, *optional*): Command line; by default that of the process.
+
+    Returns:
+        `dict[str, float]`: The metrics, empty for a dataset other than the world.
+    """
+    script, args = TrlParser((ClipArguments, TrainingArguments)).parse_args_and_config(arguments)
+    set_seed(args.seed)
+    size = script.vision_config["image_size"]
+    max_length = script.text_config.get("max_position_embeddings", 32)
+    vocab_size = script.text_config.get("vocab_size", 2048)
+    source = Path(script.icons) if script.icons else None
+    if script.dataset == "world":
+        source = source or install_icons()
+        concepts = load_concepts()
+        subjects = load_subjects(concepts, TRAIN_VENDORS, source)
+        if script.concept_fraction < 1:
+            subjects += load_other_subjects(concepts, source)
+        samples: torch.utils.data.Dataset = WorldSamples(build_world(script, subjects, len(concepts), args), size)
+        texts = [subject.label for subject in subjects]
+        candidates = [*texts[: len(concepts)], NOTHING]
+        tokenizer = train_text_tokenizer([*texts, NOTHING, "to the left of", "above", "and"], vocab_size, max_length)
+        drawings = [drawing for subject in subjects for drawing in subject.drawings]
+    else:
+        folder = CaptionedFolder(script.dataset)
+        samples = FolderSamples(folder, size)
+        tokenizer = train_text_tokenizer(folder.rows[folder.caption_column], vocab_size, max_length)
+        candidates, drawings = [], []
+    teacher = None
+    if script.teacher_size and drawings:
+        features = torch.from_numpy(load_features(drawings, script.teacher_size))  # (drawings, 1280)
+        teacher = torch.nn.functional.normalize(features - features.mean(dim=0), dim=-1)
+    objective = ClipObjective(
+        build_model(script, tokenizer),
+        teacher_width=None if teacher is None else TEACHER_WIDTH,
+        teacher_weight=script.teacher_weight,
+    )
+    print(f"CLIP vision tower: {objective.clip.vision_model.num_parameters():,} parameters", flush=True)
+    trainer = ClipTrainer(
+        model=objective,
+        args=args,
+        train_dataset=samples,
+        data_collator=ClipCollator(tokenizer, candidates, teacher),
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if resume == "auto" else resume)
+    save(objective.clip, tokenizer, Path(args.output_dir))
+    if script.dataset != "world" or source is None:
+        return {}
+    metrics = measure(objective.clip, tokenizer, script, source)
+    Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(json.dumps(metrics, indent=2), flush=True)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
