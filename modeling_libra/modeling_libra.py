@@ -288,16 +288,10 @@ class LibraPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, LowRankLinear):
-            # The product B A has the spread of the dense matrix it replaces, N(0, std): with std(A) = 1/sqrt(in) the
-            # inner width has the scale of the input, and B's spread makes up for the smaller sum, sqrt(in / rank).
-            inputs, rank = module.A.in_features, module.A.out_features
-            std = self.config.text_config.initializer_range
-            init.normal_(module.A.weight, std=inputs**-0.5)
-            if module.zero_init:
-                init.zeros_(module.B.weight)
-            else:
-                init.normal_(module.B.weight, std=std * (inputs / rank) ** 0.5)
+        if hasattr(module, "low_rank_std"):  # the two halves of a LowRankLinear
+            init.normal_(module.weight, std=module.low_rank_std)
+        elif hasattr(module, "low_rank_gain"):
+            init.normal_(module.weight, std=module.low_rank_gain * self.config.text_config.initializer_range)
 
 
 class LibraModel(LibraPreTrainedModel):

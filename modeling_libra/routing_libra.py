@@ -75,7 +75,12 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.A = nn.Linear(in_features, rank, bias=False)
         self.B = nn.Linear(rank, out_features, bias=False)
-        self.zero_init = zero_init
+        # The product B A has the spread of the dense matrix it replaces, N(0, std): with std(A) = 1/sqrt(in) the inner
+        # width has the scale of the input, and B, in units of that std, makes up for the smaller sum: sqrt(in / rank).
+        # On the halves, because transformers initialises no module that lacks parameters of its own.
+        self.A.low_rank_std = in_features**-0.5  # type: ignore[assignment]
+        gain = 0.0 if zero_init else (in_features / rank) ** 0.5
+        self.B.low_rank_gain = gain  # type: ignore[assignment]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """From `(..., in_features)` to `(..., out_features)`."""
