@@ -22,7 +22,8 @@ def libra_loss(
     Next-token cross entropy: on a text target of the language head, on a vision target the mean of the codebooks'
     terms; averaged over all supervised tokens of both modalities together. The heads run on supervised rows only.
 
-    Never supervised, whatever their labels: BOI, the newline after an image (EOI predicts nothing), padding.
+    Never supervised, whatever their labels: BOI, the newline after an image (EOI predicts nothing), padding, and the
+    token after left padding (BOS).
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): normed, as the heads read them.
@@ -76,7 +77,9 @@ def _supervised_targets(input_ids, labels, attention_mask, config):
     target = target.masked_fill(target == config.boi_token_id, -100)
     target = target.masked_fill((source == config.eoi_token_id) & (target < config.text_vocab_size), -100)
     if attention_mask is not None and attention_mask.ndim == 2:
-        target = target.masked_fill(attention_mask[:, 1:] == 0, -100)
+        padded = attention_mask == 0
+        # After left padding the first real token, BOS, has nothing to be predicted from.
+        target = target.masked_fill(padded[:, 1:] | padded[:, :-1], -100)
 
     source_is_vision = (source >= config.text_vocab_size) & (source != config.eoi_token_id)
     mismatch = (target != -100) & (source_is_vision != (target >= config.text_vocab_size))
