@@ -563,10 +563,11 @@ class LibraForCausalLM(LibraPreTrainedModel, LibraGenerationMixin, GenerationMix
 
     def _flat_logits(self, logits, vision_logits, ids):
         """Logits of one step over the flat ids, `(batch, 1, V + codes + 2)`; text rows cannot write vision, nor back."""
-        flat = logits.new_full((*logits.shape[:2], self.config.total_vocab_size), float("-inf"))
+        # In float32: sums of log-probabilities of about -12 have few distinct values in bfloat16, and codes would tie.
+        flat = logits.new_full((*logits.shape[:2], self.config.total_vocab_size), float("-inf"), dtype=torch.float32)
         flat[..., : self.config.text_vocab_size] = logits
         is_vision = ids >= self.config.text_vocab_size
-        flat[..., self.config.text_vocab_size :][is_vision] = joint_code_logits(vision_logits, self.config)
+        flat[..., self.config.text_vocab_size :][is_vision] = joint_code_logits(vision_logits.float(), self.config)
         return flat
 
 
