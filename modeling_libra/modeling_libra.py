@@ -304,7 +304,8 @@ class LibraModel(LibraPreTrainedModel):
 
     def __init__(self, config: LibraConfig):
         super().__init__(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        # Both halves in the dtype this model is built in, whatever dtype the LLM's own configuration was saved with.
+        self.language_model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.vision_model = LibraVisionModel(config)
         self.gradient_checkpointing = False
         self.post_init()
