@@ -7,7 +7,8 @@ distribution over the codes is the product of the heads, so temperature, top-k a
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor
+from torch.nn import functional as F
+from transformers import LogitsProcessor, SequenceBiasLogitsProcessor
 
 from .image_blocks_libra import find_image_blocks
 
@@ -38,10 +39,13 @@ class LibraImageGrammar(LogitsProcessor):
 
     Args:
         config ([`LibraConfig`]): names the ids and the number of patches.
+        wide (`bool`, *optional*, defaults to `False`):
+            Whether scores of text are widened to the flat ids, for processors that need one width at all steps.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, wide: bool = False):
         self.config = config
+        self.wide = wide
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """
@@ -55,7 +59,8 @@ class LibraImageGrammar(LogitsProcessor):
         config = self.config
         last = input_ids[:, -1]
         if scores.shape[-1] == config.text_vocab_size:  # every row is in text
-            return scores
+            vision_ids = config.total_vocab_size - config.text_vocab_size
+            return F.pad(scores, (0, vision_ids), value=float("-inf")) if self.wide else scores
         since_boi = find_image_blocks(input_ids, config).offsets[:, -1]
         wants_code = (since_boi >= 0) & (since_boi < config.num_patches)
         ids = torch.arange(scores.shape[-1], device=scores.device)
@@ -76,9 +81,22 @@ class LibraGenerationMixin:
 
     def _get_logits_processor(self, *args, **kwargs):
         processors = super()._get_logits_processor(*args, **kwargs)
-        # First, so that temperature, top-k and top-p act on what can follow.
-        processors.insert(0, LibraImageGrammar(self.config))
+        # First, so that temperature, top-k and top-p act on what can follow; last, because others (no_repeat_ngram_size)
+        # may have forbidden a forced EOI or newline.
+        grammar = LibraImageGrammar(
+            self.config, wide=any(isinstance(p, SequenceBiasLogitsProcessor) for p in processors)
+        )
+        processors.insert(0, grammar)
+        processors.append(grammar)
         return processors
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("image_features") is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} would cut images from their features; leave "
+                "it unset for prompts with image_features."
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs: Any
@@ -114,8 +132,8 @@ class LibraGenerationMixin:
             `dict`: the arguments of `forward`.
         """
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if image_features is None:
-            return inputs
+        if image_features is None or inputs["input_ids"].shape[1] < self.config.num_patches + 2:
+            return inputs  # a step that short sees no whole image
         all_images = find_image_blocks(input_ids, self.config).images_per_row
         seen_images = find_image_blocks(inputs["input_ids"], self.config).images_per_row
         if seen_images.sum() == 0:
