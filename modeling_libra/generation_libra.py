@@ -98,6 +98,12 @@ class LibraGenerationMixin:
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
+    def _assisted_decoding(self, *args, **kwargs):
+        raise ValueError(
+            "Libra has no assisted generation (assistant_model, prompt_lookup_num_tokens): a draft of several tokens may "
+            "cross between text and image, whose scores differ in width. Generate without it."
+        )
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs: Any
     ):
