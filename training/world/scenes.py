@@ -40,24 +40,36 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Layout:
     """
-    One image of the world and what is in it.
+    What is where, and how one says it.
 
     Args:
-        image (`Image.Image`): RGB, 96 x 96.
         objects (`tuple[SceneObject, ...]`): The objects in reading order.
-        caption (`str`): What the image shows, in one line.
+        caption (`str`): What there is, in one line.
     """
 
-    image: Image.Image
     objects: tuple[SceneObject, ...]
     caption: str
 
     @property
     def is_single(self) -> bool:
-        """Whether the scene is one object that fills the image."""
+        """Whether it is one object that fills the image."""
         return self.objects[0].cell is None
+
+
+@dataclass(frozen=True)
+class Scene(Layout):
+    """
+    An image of the world and what is in it.
+
+    Args:
+        objects (`tuple[SceneObject, ...]`): The objects in reading order.
+        caption (`str`): What the image shows, in one line.
+        image (`Image.Image`): RGB, 96 x 96.
+    """
+
+    image: Image.Image
 
 
 def describe(labels: Sequence[str], cells: Sequence[int | None]) -> str:
@@ -137,32 +149,52 @@ class World:
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of a world of {self.length}")
         rng = np.random.default_rng([self.seed, SPLITS[self.split], index])
+        return self.draw(self.layout(index, rng), rng)
+
+    def layout(self, index: int, rng: np.random.Generator) -> Layout:
+        """
+        What is in a scene and where, without drawing it.
+
+        Args:
+            index (`int`): Index of the scene; only the share of singles depends on it.
+            rng (`np.random.Generator`): Source of randomness.
+        """
         start, end = self.single_fraction
         if rng.random() < start + (end - start) * index / max(1, self.length - 1):
             cells: list[int | None] = [None]
         else:
             count = int(rng.integers(1, self.max_objects + 1))
             cells = sorted(rng.choice(len(CELLS), size=count, replace=False).tolist())
-        return self.compose(self._choose_subjects(len(cells), rng), cells, rng)
+        return self.arrange(self._choose_subjects(len(cells), rng), cells, rng)
 
-    def compose(self, subjects: Sequence[int], cells: Sequence[int | None], rng: np.random.Generator) -> Scene:
+    def arrange(self, subjects: Sequence[int], cells: Sequence[int | None], rng: np.random.Generator) -> Layout:
         """
-        Draw a scene with given objects; vendor, size, place, mirroring and background are random.
+        A layout of given subjects, with a drawing chosen for each.
 
         Args:
             subjects (`Sequence[int]`): Index of each object's subject, in reading order.
             cells (`Sequence[int | None]`): Cell of each object.
             rng (`np.random.Generator`): Source of randomness.
         """
+        objects = tuple(
+            SceneObject(subject, cell, int(rng.integers(len(self.subjects[subject].drawings))))
+            for subject, cell in zip(subjects, cells)
+        )
+        return Layout(objects, describe([self.subjects[subject].label for subject in subjects], cells))
+
+    def draw(self, layout: Layout, rng: np.random.Generator) -> Scene:
+        """
+        Draw a layout; size, place, mirroring and background are random.
+
+        Args:
+            layout ([`Layout`]): What is where.
+            rng (`np.random.Generator`): Source of randomness.
+        """
         canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), _background(rng))
-        objects = []
-        for subject, cell in zip(subjects, cells):
-            drawing = int(rng.integers(len(self.subjects[subject].drawings)))
-            icon = Image.fromarray(self.subjects[subject].drawings[drawing])
-            self._place(canvas, icon, cell, rng)
-            objects.append(SceneObject(subject, cell, drawing))
-        caption = describe([self.subjects[subject].label for subject in subjects], cells)
-        return Scene(canvas, tuple(objects), caption)
+        for item in layout.objects:
+            icon = Image.fromarray(self.subjects[item.subject].drawings[item.drawing])
+            self._place(canvas, icon, item.cell, rng)
+        return Scene(layout.objects, layout.caption, canvas)
 
     def _place(self, canvas: Image.Image, icon: Image.Image, cell: int | None, rng: np.random.Generator) -> None:
         """Paste one icon into its cell (or the whole image) at a random size and offset."""
@@ -209,5 +241,5 @@ def evaluation_images(world: World, count: int) -> list[Scene]:
     scenes = []
     for index in range(count):
         rng = np.random.default_rng([world.seed, SPLITS[world.split], 1_000_000 + index])
-        scenes.append(world.compose([index % len(world.subjects)], [None], rng))
+        scenes.append(world.draw(world.arrange([index % len(world.subjects)], [None], rng), rng))
     return scenes

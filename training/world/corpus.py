@@ -1,0 +1,158 @@
+"""The text the world's language model is pretrained on: it knows the words and the formats, but no pictures.
+
+A document is one of: a caption, as it follows an image; a fact ("a horse is an animal."); a chat in the template of the
+release, in which a line of text stands where an image would; a chat without anything to look at. A question's answer
+can be read off the line of text, so the model learns what the questions mean.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .concepts import Concept, Subject, load_concepts
+from .questions import Question, scene_questions, with_article
+from .scenes import CELLS, SPLITS, Layout, World
+
+SYSTEM_MESSAGE = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""The system message of the release's chat template."""
+
+END = "</s>"
+"""Ends a document and an answer."""
+
+KINDS_OF_THINGS = {
+    "animal-mammal": "animal",
+    "animal-bug": "animal",
+    "plant-flower": "plant",
+    "plant-other": "plant",
+    "food-fruit": "fruit",
+    "food-prepared": "food",
+    "food-asian": "food",
+    "food-sweet": "sweet food",
+    "drink": "drink",
+    "place-geographic": "place",
+    "place-building": "building",
+    "place-religious": "building",
+    "place-other": "place",
+    "transport-ground": "thing on the road",
+    "transport-water": "thing at sea",
+    "transport-air": "thing that flies",
+    "sky-weather": "thing in the sky",
+    "event": "thing for a feast",
+    "award-medal": "prize",
+    "sport": "thing for sports",
+    "game": "game",
+    "arts-crafts": "thing of the arts",
+    "clothing": "thing to wear",
+    "sound": "thing that sounds",
+    "musical-instrument": "musical instrument",
+    "phone": "machine",
+    "light-video": "device",
+    "book-paper": "thing of paper",
+    "mail": "letter",
+    "writing": "thing to write with",
+    "office": "thing in an office",
+    "lock": "thing for a lock",
+    "tool": "tool",
+    "medical": "thing at a doctor's",
+    "household": "thing at home",
+}
+"""What one calls the members of each of emojibase's subgroups."""
+
+
+@dataclass(frozen=True)
+class TextWorld:
+    """
+    A map-style dataset of documents: `corpus[i]` is the same text at every call.
+
+    Args:
+        split (`str`): `"train"` or `"validation"`.
+        length (`int`): Number of documents.
+        seed (`int`, *optional*, defaults to 0): Seed of the corpus.
+    """
+
+    split: str
+    length: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"split is {self.split!r}, but must be one of {list(SPLITS)}.")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> str:
+        """
+        Document `index`.
+
+        Raises:
+            IndexError: If the index is out of range.
+        """
+        if not 0 <= index < self.length:
+            raise IndexError(f"document {index} of a corpus of {self.length}")
+        rng = np.random.default_rng([self.seed, 100 + SPLITS[self.split], index])
+        concepts = load_concepts()
+        kind = rng.random()
+        if kind < 0.25:
+            return f"\n{_layout(rng, concepts).caption}{END}"
+        if kind < 0.35:
+            return f"{_fact(rng, concepts)}{END}"
+        layout = _layout(rng, concepts)
+        shown = _describe_places(layout, rng, concepts) if kind < 0.8 else None
+        questions = scene_questions(layout, rng, concepts)
+        order = rng.permutation(len(questions))[: rng.integers(1, 5)]
+        return chat([questions[i] for i in order], shown)
+
+
+def chat(turns: Sequence[Question], shown: str | None = None) -> str:
+    """
+    A conversation in the release's chat template.
+
+    Args:
+        turns (`Sequence[Question]`): Questions with their answers, at least one.
+        shown (`str`, *optional*): A line that stands before the first question, where an image would.
+    """
+    text = SYSTEM_MESSAGE
+    for position, turn in enumerate(turns):
+        context = f"{shown}\n" if shown and position == 0 else ""
+        text += f"{' ' if position == 0 else ''}USER: {context}{turn.question} ASSISTANT: {turn.answer} {END}"
+    return text
+
+
+def _layout(rng: np.random.Generator, concepts: Sequence[Concept]) -> Layout:
+    """A layout as in the world, with nothing drawn."""
+    blank = np.zeros((1, 1, 4), dtype=np.uint8)
+    subjects = [Subject(concept.label, (blank,), ("",)) for concept in concepts]
+    return World(subjects, "train", length=1).layout(0, rng)
+
+
+def _describe_places(layout: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
+    """Every object with its place, so that all questions can be answered; in Chinese a tenth of the time."""
+    chinese = rng.random() < 0.1
+    names = [concepts[item.subject].zh if chinese else concepts[item.subject].label for item in layout.objects]
+    if layout.is_single:
+        return f"image: {names[0]}"
+    places = [f"{CELLS[item.cell or 0]} {name}" for item, name in zip(layout.objects, names)]
+    return f"image: {', '.join(places)}"
+
+
+def _fact(rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
+    """A sentence or two about a concept."""
+    index, other = rng.choice(len(concepts), size=2, replace=False).tolist()
+    concept = concepts[index]
+    kind = KINDS_OF_THINGS[concept.subgroup]
+    same = "also" if KINDS_OF_THINGS[concepts[other].subgroup] == kind else "not"
+    sentences = [
+        f"{with_article(concept.label)} is {with_article(kind)}.",
+        f"{concept.label} is {concept.zh} in Chinese.",
+        f"{concept.zh}: {concept.label}",
+        f"{with_article(concept.label)} is {with_article(kind)}, {with_article(concepts[other].label)} is {same} one.",
+        f"{concept.label} to the left of {concepts[other].label}: {concepts[other].label} to the right of {concept.label}",
+        f"{concept.label} above {concepts[other].label}: {concepts[other].label} below {concept.label}",
+        f"{concept.label}, {concepts[other].label}: 2 objects",
+    ]
+    return sentences[int(rng.integers(len(sentences)))]

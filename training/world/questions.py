@@ -1,0 +1,139 @@
+"""Questions about scenes and their answers, each followed by the prompt the paper has for its kind (Table 6)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .concepts import Concept, load_concepts
+from .scenes import CELLS, Layout
+
+PROMPT_SHORT = "Answer the question using a single word or phrase."
+"""Follows questions that have a short answer."""
+
+PROMPT_CHOICE = "Answer with the option's letter from the given choices directly."
+"""Follows questions with options."""
+
+PROMPT_CAPTION = "Provide a one-sentence caption for the provided image."
+"""Asks for a caption."""
+
+PROMPT_SHORT_ZH = "请直接回答。"
+"""Follows questions in Chinese."""
+
+LETTERS = "ABCD"
+"""Letters of the options."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    A question about a scene.
+
+    Args:
+        kind (`str`): `"caption"`, `"label"`, `"choice"`, `"cell"`, `"place"`, `"count"`, `"exists"` or `"exists_zh"`.
+        question (`str`): The whole of what the user asks, with its prompt.
+        answer (`str`): The one right answer.
+    """
+
+    kind: str
+    question: str
+    answer: str
+
+
+def with_article(label: str) -> str:
+    """`"a horse"`, `"an ant"`."""
+    return f"{'an' if label[0].lower() in 'aeiou' else 'a'} {label}"
+
+
+def scene_questions(
+    scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept] | None = None
+) -> list[Question]:
+    """
+    One question of each kind that fits a scene.
+
+    Args:
+        scene ([`Layout`]): The scene; the subjects of its objects must be concepts.
+        rng (`np.random.Generator`): Chooses what is asked.
+        concepts (`Sequence[Concept]`, *optional*): The concepts; by default the 100 of the world.
+
+    Returns:
+        `list[Question]`: In a fixed order of kinds.
+    """
+    concepts = load_concepts() if concepts is None else concepts
+    questions = [
+        Question("caption", PROMPT_CAPTION, scene.caption),
+        _short("count", "How many objects are there?", str(len(scene.objects))),
+        _exists(scene, rng, concepts),
+        _exists_zh(scene, rng, concepts),
+    ]
+    if scene.is_single:
+        questions.append(_short("label", "What is in the image?", concepts[scene.objects[0].subject].label))
+        questions.append(_choice(scene, rng, concepts))
+    else:
+        questions.append(_cell(scene, rng, concepts))
+        item = scene.objects[int(rng.integers(len(scene.objects)))]
+        place = CELLS[item.cell or 0]
+        questions.append(_short("place", f"Where is the {concepts[item.subject].label}?", place))
+    return questions
+
+
+def _short(kind: str, question: str, answer: str) -> Question:
+    return Question(kind, f"{question}\n{PROMPT_SHORT}", answer)
+
+
+def _cell(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> Question:
+    """What is in a cell: half of the time one with an object, if there are both kinds."""
+    by_cell = {item.cell: concepts[item.subject].label for item in scene.objects}
+    filled = [cell for cell in range(len(CELLS)) if cell in by_cell]
+    empty = [cell for cell in range(len(CELLS)) if cell not in by_cell]
+    pool = filled if not empty or rng.random() < 0.7 else empty
+    cell = pool[int(rng.integers(len(pool)))]
+    return _short("cell", f"What is in the {CELLS[cell]}?", by_cell.get(cell, "nothing"))
+
+
+def _asked_concept(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> tuple[int, bool]:
+    """A concept to ask for and whether it is there, half and half; an absent one is of a present one's group."""
+    present = [item.subject for item in scene.objects]
+    item = present[int(rng.integers(len(present)))]
+    if rng.random() < 0.5:
+        return item, True
+    return _distractors(item, present, 1, rng, concepts, same_group=1.0)[0], False
+
+
+def _distractors(
+    subject: int,
+    excluded: Sequence[int],
+    count: int,
+    rng: np.random.Generator,
+    concepts: Sequence[Concept],
+    same_group: float,
+) -> list[int]:
+    """Other concepts, each from the same group as `subject` with the given probability as long as there are any."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        others = [i for i in range(len(concepts)) if i not in excluded and i not in chosen]
+        similar = [i for i in others if concepts[i].group == concepts[subject].group]
+        pool = similar if similar and rng.random() < same_group else others
+        chosen.append(pool[int(rng.integers(len(pool)))])
+    return chosen
+
+
+def _exists(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> Question:
+    asked, present = _asked_concept(scene, rng, concepts)
+    question = f"Is there {with_article(concepts[asked].label)} in the image?"
+    return _short("exists", question, "yes" if present else "no")
+
+
+def _exists_zh(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> Question:
+    asked, present = _asked_concept(scene, rng, concepts)
+    question = f"图中有{concepts[asked].zh}吗？\n{PROMPT_SHORT_ZH}"
+    return Question("exists_zh", question, "有" if present else "没有")
+
+
+def _choice(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> Question:
+    subject = scene.objects[0].subject
+    options = [subject, *_distractors(subject, [subject], len(LETTERS) - 1, rng, concepts, same_group=0.5)]
+    order = rng.permutation(len(options)).tolist()
+    lines = [f"{letter}. {concepts[options[i]].label}" for letter, i in zip(LETTERS, order)]
+    question = "\n".join(["What is in the image?", *lines, PROMPT_CHOICE])
+    return Question("choice", question, LETTERS[order.index(0)])
