@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from processing.processing_libra import LibraProcessor
 
+from .checkpoints import last_checkpoint
 from .data import DataArguments, load_caption_data
 from .init_libra import init_libra
 
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset=train_data,
         eval_dataset=eval_data,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model()
     processor.save_pretrained(args.output_dir)
 
