@@ -1,5 +1,7 @@
 """Configuration of the Libra image tokenizer: frozen CLIP encoder, lookup-free quantizer, convolutional decoder."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -49,7 +51,8 @@ class LibraImageTokenizerConfig(PreTrainedConfig):
             Weight of the commitment term of the quantizer loss.
 
     Raises:
-        `ValueError`: If the sizes do not fit together; the message names the field, its value and what it must be.
+        `StrictDataclassClassValidationError`: If the sizes do not fit together; the message names the field, its value
+            and what it must be.
 
     Example:
 
@@ -75,7 +78,7 @@ class LibraImageTokenizerConfig(PreTrainedConfig):
         )
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a dict or `CLIPVisionConfig` on the way in, a `CLIPVisionConfig` once initialized
     select_layers: list[int] | tuple[int, ...] = (2, 10, 18, 22)
     embed_dim: int = 1024
     num_codebooks: int = 2

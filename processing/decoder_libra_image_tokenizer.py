@@ -4,6 +4,8 @@ It differs from the original in two points only: attention has several heads, an
 resolution of the image whatever its factor (24 -> 48 -> 96 -> 192 -> 336 at full size).
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -76,7 +78,7 @@ class DecoderLevel(nn.Module):
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.blocks = nn.ModuleList(ResidualBlock(before, after) for before, after in zip(widths, widths[1:]))
+        self.blocks = nn.ModuleList(ResidualBlock(before, after) for before, after in pairwise(widths))
         self.attentions = nn.ModuleList(
             nn.Identity() if num_heads is None else AttentionBlock(out_channels, num_heads) for _ in self.blocks
         )

@@ -131,7 +131,7 @@ class LookupFreeQuantizer(nn.Module):
             raise ValueError(
                 f"The last dimension of the codes must be the {self.num_codebooks} codebooks, got shape {tuple(codes.shape)}."
             )
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
             raise ValueError(
                 f"Codes must be in [0, {self.codebook_size}), got values from {int(codes.min())} to {int(codes.max())}."
             )

@@ -49,12 +49,12 @@ class LibraImageTokenizerOutput(ModelOutput):
         commitment (`torch.Tensor` of shape `()`, *optional*): See [`QuantizerLosses`].
     """
 
-    loss: torch.FloatTensor | None = None
-    reconstruction: torch.FloatTensor | None = None
-    codes: torch.LongTensor | None = None
-    per_sample_entropy: torch.FloatTensor | None = None
-    codebook_entropy: torch.FloatTensor | None = None
-    commitment: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    reconstruction: Tensor | None = None
+    codes: Tensor | None = None
+    per_sample_entropy: Tensor | None = None
+    codebook_entropy: Tensor | None = None
+    commitment: Tensor | None = None
 
 
 class LibraImageTokenizer(PreTrainedModel):
@@ -77,7 +77,7 @@ class LibraImageTokenizer(PreTrainedModel):
     config: LibraImageTokenizerConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     _no_split_modules = ["CLIPEncoderLayer", "ResidualBlock", "AttentionBlock"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -128,7 +128,7 @@ class LibraImageTokenizer(PreTrainedModel):
             clip = CLIPVisionModel.from_pretrained(clip)
         model = cls(LibraImageTokenizerConfig(vision_config=clip.config.to_dict(), **config_kwargs))
         model.load_clip(clip.state_dict())
-        return model.to(clip.dtype)
+        return nn.Module.to(model, dtype=clip.dtype)
 
     def load_clip(self, state_dict: dict[str, Tensor]):
         """Copies the weights of a `CLIPVisionModel` into the frozen encoder; layers that are not run are left out.
