@@ -43,7 +43,8 @@ def find_image_blocks(input_ids: torch.Tensor, config) -> ImageBlocks:
     is_boi = input_ids == config.boi_token_id
     is_eoi = input_ids == config.eoi_token_id
     begin = torch.where(is_boi, positions, -1).cummax(dim=1).values  # the last BOI at or before each place
-    end = torch.where(is_eoi, positions, length).flip(1).cummin(dim=1).values.flip(1)  # the next EOI, likewise
+    far = length + config.num_patches + 2  # no EOI follows: too far from any BOI of the row to end its image
+    end = torch.where(is_eoi, positions, far).flip(1).cummin(dim=1).values.flip(1)  # the next EOI, likewise
     offsets = torch.where(begin >= 0, positions - begin, -1)
     in_whole = (begin >= 0) & (end - begin == config.num_patches + 1)
     featured = in_whole & (offsets >= 1) & (offsets <= config.num_patches)
