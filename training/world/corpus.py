@@ -123,6 +123,30 @@ def chat(turns: Sequence[Question], shown: str | None = None) -> str:
     return text
 
 
+def prompts_with_answers(split: str, count: int, seed: int = 0) -> list[tuple[str, Question]]:
+    """
+    Questions about a line of text, to measure a language model with.
+
+    Args:
+        split (`str`): One of the splits; those of `"validation"` are not in the training documents but by chance.
+        count (`int`): How many.
+        seed (`int`, *optional*, defaults to 0): Seed of the questions.
+
+    Returns:
+        `list[tuple[str, Question]]`: The prompt up to `ASSISTANT:`, and the question with its answer.
+    """
+    concepts = load_concepts()
+    cases = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, 200 + SPLITS[split], index])
+        layout = _layout(rng, concepts)
+        questions = scene_questions(layout, rng, concepts)
+        question = questions[int(rng.integers(len(questions)))]
+        text = chat([question], _describe_places(layout, rng, concepts))
+        cases.append((text[: -len(f" {question.answer} {END}")], question))
+    return cases
+
+
 def _layout(rng: np.random.Generator, concepts: Sequence[Concept]) -> Layout:
     """A layout as in the world, with nothing drawn."""
     blank = np.zeros((1, 1, 4), dtype=np.uint8)
