@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from modeling_libra import LibraConfig, LibraForCausalLM
+from tests.modeling.toys import make_config, make_model
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -15,3 +18,15 @@ def golden() -> Path:
     if not (path / "official_checkpoint" / "expected.json").is_file():
         pytest.fail(f"The reference files are not in {path}. Set LIBRA_GOLDEN to the folder that holds them.")
     return path
+
+
+@pytest.fixture
+def toy_config() -> LibraConfig:
+    """The configuration of a model small enough to check by hand."""
+    return make_config()
+
+
+@pytest.fixture
+def toy_model(toy_config) -> LibraForCausalLM:
+    """A random model of `toy_config` in evaluation mode, with no parameter zero."""
+    return make_model(toy_config)
