@@ -49,6 +49,8 @@ class LibraProcessor(ProcessorMixin):
         text_vocab_size (`int`, *optional*, defaults to the size of the tokenizer without `<image>`):
             V, the vocabulary size of the language model: the id of the first image code.
         chat_template (`str`, *optional*, defaults to the release's): Jinja chat template.
+        caption_prompt (`str`, *optional*):
+            What to ask a chat model for a caption. Without it images are captioned as in pretraining.
 
     Raises:
         `ValueError`: If the parts do not fit together; the message says which and how.
@@ -63,9 +65,18 @@ class LibraProcessor(ProcessorMixin):
     ```
     """
 
-    def __init__(self, image_processor, tokenizer, image_tokenizer, text_vocab_size=None, chat_template=None):
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        image_tokenizer,
+        text_vocab_size=None,
+        chat_template=None,
+        caption_prompt=None,
+    ):
         self.text_vocab_size = _prepare_tokenizer(tokenizer, text_vocab_size)
         self.image_token = IMAGE_TOKEN
+        self.caption_prompt = caption_prompt
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.image_tokenizer = image_tokenizer
         expected = image_tokenizer.config.vision_config.image_size
