@@ -4,10 +4,21 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
 
 DECODER_NORM_GROUPS = 32
 """Number of groups of every GroupNorm in the decoder; channel counts must be multiples of it."""
+
+CLIP_VIT_L_14_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+"""The vision encoder of the authors' release."""
 
 
 @strict
@@ -63,20 +74,7 @@ class LibraImageTokenizerConfig(PreTrainedConfig):
     ```"""
 
     model_type = "libra_image_tokenizer"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            config_class=CLIPVisionConfig,
-            init_kwargs={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 336,
-                "patch_size": 14,
-                "projection_dim": 768,
-            },
-        )
-    }
+    sub_configs = {"vision_config": CLIPVisionConfig}
 
     vision_config: Any = None  # a dict or `CLIPVisionConfig` on the way in, a `CLIPVisionConfig` once initialized
     select_layers: list[int] | tuple[int, ...] = (2, 10, 18, 22)
@@ -93,6 +91,13 @@ class LibraImageTokenizerConfig(PreTrainedConfig):
     entropy_loss_weight: float | int = 0.1
     diversity_gamma: float | int = 2.5
     commitment_loss_weight: float | int = 1.0
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            self.vision_config = CLIPVisionConfig(**CLIP_VIT_L_14_336)
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = CLIPVisionConfig(**self.vision_config)
+        super().__post_init__(**kwargs)
 
     @property
     def grid(self) -> int:
