@@ -1,0 +1,1 @@
+"""The `libra` command: thin layers over functions that can be imported."""

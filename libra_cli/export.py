@@ -1,0 +1,242 @@
+"""Writes repositories in the form the Hugging Face Hub wants: weights, configurations and the code, flat in one folder.
+
+Such a folder loads with `trust_remote_code=True` where this package is not installed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+import modeling_libra
+import processing
+from modeling_libra import LibraConfig, LibraForCausalLM
+from processing.processing_libra import LibraProcessor
+
+from .cards import model_card
+from .loading import load_libra
+
+MODEL_CLASS = "modeling_libra.LibraForCausalLM"
+PIPELINE_CLASS = "pipeline_libra.LibraImageToTextPipeline"
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_libra.LibraConfig",
+    "AutoModel": MODEL_CLASS,
+    "AutoModelForCausalLM": MODEL_CLASS,
+    "AutoModelForImageTextToText": MODEL_CLASS,
+    "AutoModelForMultimodalLM": MODEL_CLASS,
+    "AutoProcessor": "processing_libra.LibraProcessor",
+    "AutoImageProcessor": "image_processing_libra.LibraImageProcessor",
+}
+"""Which class of which file an Auto class stands for. The tokenizer is one of transformers' own and needs no entry."""
+
+IMAGE_TOKENIZER_AUTO_MAP = {
+    "AutoConfig": "configuration_libra_image_tokenizer.LibraImageTokenizerConfig",
+    "AutoModel": "modeling_libra_image_tokenizer.LibraImageTokenizer",
+}
+"""The same for the model in `image_tokenizer/`; its code lies with the rest, at the root of the repository."""
+
+CUSTOM_PIPELINES = {
+    "image-to-text": {"impl": PIPELINE_CLASS, "pt": ["AutoModelForImageTextToText"], "type": "multimodal"}
+}
+"""Makes `pipeline("image-to-text", ...)` work, a task transformers itself no longer has."""
+
+IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
+
+
+def remote_code_files() -> list[Path]:
+    """
+    The source files a repository needs: those of the classes named above, and all they import from each other.
+
+    Returns:
+        `list` of `Path`: sorted by name; names are unique.
+    """
+    folders = [Path(package.__path__[0]) for package in (modeling_libra, processing)]
+    references = {*AUTO_MAP.values(), *IMAGE_TOKENIZER_AUTO_MAP.values(), PIPELINE_CLASS}
+    files = set()
+    for module in {reference.split(".")[0] for reference in references}:
+        (entry,) = [folder / f"{module}.py" for folder in folders if (folder / f"{module}.py").is_file()]
+        files |= {entry, *map(Path, get_relative_import_files(entry))}
+    return sorted(files, key=lambda file: file.name)
+
+
+@contextmanager
+def new_folder(destination: str | os.PathLike) -> Iterator[Path]:
+    """
+    A folder that appears whole or not at all: written under a temporary name beside its destination, then renamed.
+
+    Args:
+        destination (`str` or `os.PathLike`): must not exist, or be an empty folder.
+
+    Yields:
+        `Path`: the temporary folder to write into. It is removed if the block raises.
+
+    Raises:
+        ValueError: if something is at the destination already.
+    """
+    destination = Path(destination)
+    check_destination(destination)
+    staging = destination.parent / f".{destination.name}.partial-{os.getpid()}"
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if destination.exists():
+            destination.rmdir()
+        staging.rename(destination)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+
+
+def check_destination(destination: str | os.PathLike) -> None:
+    """
+    Refuses a destination that would be overwritten.
+
+    Raises:
+        ValueError: if it is a file or a folder with something in it.
+    """
+    destination = Path(destination)
+    if destination.is_dir() and any(destination.iterdir()):
+        raise ValueError(f"{destination} exists and is not empty; choose another folder, or remove it first.")
+    if destination.exists() and not destination.is_dir():
+        raise ValueError(f"{destination} exists and is not a folder; choose another name.")
+
+
+def write_repo_files(
+    folder: Path,
+    config: LibraConfig,
+    generation_config: GenerationConfig,
+    processor: LibraProcessor,
+    card: str,
+    weights_dtype: torch.dtype | None = None,
+) -> None:
+    """
+    Writes everything of a repository but the weights of the language model with its vision system.
+
+    Args:
+        folder (`Path`): an existing folder.
+        config ([`LibraConfig`]): becomes `config.json`, with the map of Auto classes and the pipeline.
+        generation_config (`GenerationConfig`): becomes `generation_config.json`.
+        processor ([`LibraProcessor`]): is saved with the image tokenizer and its weights.
+        card (`str`): becomes `README.md`.
+        weights_dtype (`torch.dtype`, *optional*): dtype the image tokenizer's weights are stored in.
+    """
+    config.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if weights_dtype is not None:
+        save_weights(processor.image_tokenizer, folder / IMAGE_TOKENIZER_FOLDER, weights_dtype)
+    _write_auto_maps(folder)
+    for file in remote_code_files():
+        shutil.copyfile(file, folder / file.name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """
+    Saves a model with its weights in another dtype; `config.json` keeps the model's own, which is what loading gives.
+
+    Args:
+        model (`PreTrainedModel`): is not changed.
+        folder (`Path`): where to.
+        dtype (`torch.dtype`): of the stored weights.
+
+    Raises:
+        ValueError: naming the weights that do not fit into the dtype.
+    """
+    stored: dict[int, torch.Tensor] = {}  # by address: tied weights stay one tensor, which is how saving knows them
+    state = {}
+    for name, weight in model.state_dict().items():
+        if weight.data_ptr() not in stored:
+            stored[weight.data_ptr()] = weight.to(dtype) if weight.is_floating_point() else weight
+        state[name] = stored[weight.data_ptr()]
+    lost = [name for name, weight in state.items() if not weight.isfinite().all()]
+    if lost:
+        raise ValueError(
+            f"These weights hold numbers too large for {dtype}, or none at all: {', '.join(sorted(lost))}."
+        )
+    model.save_pretrained(folder, state_dict=state)
+
+
+def export_repo(
+    model: LibraForCausalLM,
+    processor: LibraProcessor,
+    dst: str | os.PathLike,
+    card: str | None = None,
+    weights_dtype: torch.dtype | None = None,
+) -> Path:
+    """
+    Writes a complete repository for the Hub.
+
+    Args:
+        model ([`LibraForCausalLM`]): the model.
+        processor ([`LibraProcessor`]): its processor, with the image tokenizer.
+        dst (`str` or `os.PathLike`): a folder that does not exist yet, or is empty.
+        card (`str`, *optional*): the model card, Markdown with the Hub's metadata; by default a minimal one.
+        weights_dtype (`torch.dtype`, *optional*, defaults to the model's):
+            What the weights are stored in. Loading gives the dtype of the configuration, which does not change.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        ValueError: if `dst` is in use, or weights do not fit into `weights_dtype`. Nothing is left behind then.
+    """
+    with new_folder(dst) as folder:
+        if weights_dtype is None:
+            model.save_pretrained(folder)
+        else:
+            save_weights(model, folder, weights_dtype)
+        card = card or model_card(Path(dst).name)
+        write_repo_files(folder, model.config, model.generation_config, processor, card, weights_dtype)
+    return Path(dst)
+
+
+def export_folder(src: str | os.PathLike, dst: str | os.PathLike, weights_dtype: torch.dtype | None = None) -> Path:
+    """
+    Writes a complete repository for the Hub from a folder with weights and configurations.
+
+    Args:
+        src (`str` or `os.PathLike`): what `save_pretrained` of model and processor wrote; its `README.md` is kept.
+        dst, weights_dtype: as in [`export_repo`].
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        ValueError: as in [`export_repo`], and if `src` is not whole.
+    """
+    check_destination(dst)
+    card = Path(src) / "README.md"
+    model, processor = load_libra(src)
+    return export_repo(
+        model, processor, dst, card.read_text(encoding="utf-8") if card.is_file() else None, weights_dtype
+    )
+
+
+def _write_auto_maps(folder: Path) -> None:
+    """Names the classes in the configurations, which is how the Auto classes find the code."""
+    with _edited_json(folder / "config.json") as content:
+        content |= {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
+    with _edited_json(folder / IMAGE_TOKENIZER_FOLDER / "config.json") as content:
+        content["auto_map"] = IMAGE_TOKENIZER_AUTO_MAP
+    with _edited_json(folder / "processor_config.json") as content:
+        content["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+        content["image_processor"]["auto_map"] = {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}
+    with _edited_json(folder / "tokenizer_config.json") as content:
+        for where_loaded_from in ("is_local", "local_files_only"):
+            content.pop(where_loaded_from, None)
+
+
+@contextmanager
+def _edited_json(path: Path) -> Iterator[dict[str, Any]]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    yield content
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

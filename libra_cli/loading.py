@@ -1,0 +1,77 @@
+"""Loading a model and its processor with the installed classes, whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from modeling_libra import LibraForCausalLM
+from processing.processing_libra import LibraProcessor
+
+MODEL_VARIABLE = "LIBRA_MODEL"
+"""Environment variable that names the default model."""
+
+TINY_MODEL = Path(__file__).resolve().parent.parent / "hub_configs" / "libra-tiny"
+"""The model that comes with a source checkout."""
+
+
+def default_model() -> str:
+    """
+    The model used when none is named: `$LIBRA_MODEL`, or the libra-tiny of the source checkout.
+
+    Returns:
+        `str`: a folder or Hub id.
+
+    Raises:
+        ValueError: if the variable is not set and the package was installed without the checkout.
+    """
+    named = os.environ.get(MODEL_VARIABLE)
+    if named:
+        return named
+    if not (TINY_MODEL / "config.json").is_file():
+        raise ValueError(
+            f"No model: {TINY_MODEL} does not exist. Pass --model with a folder or a Hub id, or set {MODEL_VARIABLE}."
+        )
+    return str(TINY_MODEL)
+
+
+def load_libra(path: str | os.PathLike, **kwargs: Any) -> tuple[LibraForCausalLM, LibraProcessor]:
+    """
+    Loads a repository with the installed classes; no code of the repository is run.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder, or the id of a repository on the Hub.
+        kwargs: passed to `LibraForCausalLM.from_pretrained`, for instance `dtype` or `device_map`.
+
+    Returns:
+        `tuple` of [`LibraForCausalLM`] and [`LibraProcessor`]: the model in evaluation mode.
+
+    Raises:
+        ValueError: if the folder is not a Libra repository, or its weights do not fit its configuration.
+        OSError: if there is no such repository.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a Libra repository: it has no config.json.")
+    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) != 2):
+        raise ValueError(f"There is no folder {str(path)!r}, and it is no Hub id such as 'organization/name' either.")
+    model, report = LibraForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    # from_pretrained would fill the gaps with random numbers and only log it
+    problems = {kind: report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[kind]}
+    if problems:
+        details = "; ".join(f"{kind.replace('_', ' ')}: {_some(keys)}" for kind, keys in problems.items())
+        raise ValueError(f"The weights in {path} are not those of its config.json ({details}).")
+    return model.eval(), LibraProcessor.from_pretrained(path)
+
+
+def load_generation_config(folder: str | os.PathLike) -> GenerationConfig | None:
+    """The generation configuration of a folder, or `None` if it has none."""
+    if not (Path(folder) / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder)
+
+
+def _some(keys) -> str:
+    names = sorted(str(key) for key in keys)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,165 @@
+"""The `libra` command. Each verb parses its arguments here and calls one function of this package.
+
+A verb is a function that takes the object of `add_subparsers` and sets `run` on its parser; it is listed in `VERBS`.
+Imports of torch and transformers wait until a verb runs, so that `libra --help` answers at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_USER_ERROR = 2
+"""Exit code for wrong arguments, unreadable files and the like, as argparse has it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs the command line.
+
+    Args:
+        argv (`Sequence` of `str`, *optional*, defaults to `sys.argv[1:]`): the arguments.
+
+    Returns:
+        `int`: the exit code: 0, or 2 with one line on stderr for what the user can mend.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"libra: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all verbs."""
+    parser = argparse.ArgumentParser(prog="libra", description="Libra: language models that read and write images.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_verb in VERBS:
+        add_verb(commands)
+    return parser
+
+
+def _add_caption(commands) -> None:
+    parser = commands.add_parser("caption", help="caption images, or ask one question about each")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="path or URL")
+    _add_model_argument(parser)
+    parser.add_argument("--prompt", help="a question about each image, instead of a caption")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, help="longest text, in tokens (default: 64)")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="images at a time (default: 8)")
+    parser.add_argument("--json", action="store_true", help='one JSON object a line: {"image": ..., "text": ...}')
+    parser.set_defaults(run=_run_caption)
+
+
+def _run_caption(args: argparse.Namespace) -> None:
+    _quiet_transformers()
+    from .caption import caption_images
+    from .loading import default_model
+
+    texts = caption_images(
+        args.images, args.model or default_model(), args.prompt, args.max_new_tokens, args.batch_size
+    )
+    for image, text in zip(args.images, texts):
+        print(json.dumps({"image": image, "text": text}, ensure_ascii=False) if args.json else f"{image}: {text}")
+
+
+def _add_chat(commands) -> None:
+    parser = commands.add_parser("chat", help="talk about images; type /help for its commands")
+    parser.add_argument(
+        "--image", action="append", default=[], help="path or URL of an image to begin with; repeatable"
+    )
+    _add_model_argument(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=256, help="longest answer, in tokens (default: 256)"
+    )
+    parser.set_defaults(run=_run_chat)
+
+
+def _run_chat(args: argparse.Namespace) -> None:
+    _quiet_transformers()
+    from .chat import HELP, ChatSession, run_chat, typed_lines
+    from .loading import default_model, load_libra
+
+    session = ChatSession(*load_libra(args.model or default_model()), max_new_tokens=args.max_new_tokens)
+    for image in args.image:
+        session.add_image(image)
+    if sys.stdin.isatty():
+        print(HELP)
+        run_chat(session, typed_lines(), sys.stdout)
+    else:
+        run_chat(session, sys.stdin, sys.stdout)
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser("convert", help="turn a folder of the authors' release into a repository of ours")
+    parser.add_argument("src", metavar="SRC", help="folder with the released files")
+    parser.add_argument("dst", metavar="DST", help="folder to write; must not exist, or be empty")
+    parser.add_argument("--clip", help="folder or Hub id of CLIP-ViT-L/14-336, where the release lacks its weights")
+    parser.add_argument("--card", type=Path, help="Markdown file to use as the model card")
+    parser.add_argument(
+        "--caption-prompt", help="what the image-to-text pipeline asks a chat model (default: caption without asking)"
+    )
+    parser.set_defaults(run=_run_convert)
+
+
+def _run_convert(args: argparse.Namespace) -> None:
+    from .convert import convert_release
+
+    card = args.card.read_text(encoding="utf-8") if args.card else None
+    folder = convert_release(args.src, args.dst, args.clip, card, args.caption_prompt)
+    print(f"Wrote {folder}")
+
+
+def _add_export(commands) -> None:
+    parser = commands.add_parser("export", help="write a repository that loads from the Hub without this package")
+    parser.add_argument("src", metavar="DIR", help="folder with model and processor, as save_pretrained writes them")
+    parser.add_argument("dst", metavar="DST", help="folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "--weights-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="dtype the weights are stored in; they load in the dtype of config.json (default: that of the model)",
+    )
+    parser.set_defaults(run=_run_export)
+
+
+def _run_export(args: argparse.Namespace) -> None:
+    import torch
+
+    from .export import export_folder
+
+    dtype = getattr(torch, args.weights_dtype) if args.weights_dtype else None
+    print(f"Wrote {export_folder(args.src, args.dst, weights_dtype=dtype)}")
+
+
+def _add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder or Hub id (default: $LIBRA_MODEL, or the libra-tiny of this checkout)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value
+
+
+def _quiet_transformers() -> None:
+    """Keeps progress bars and advice out of the output, unless the user asks transformers for them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+VERBS = (_add_caption, _add_chat, _add_convert, _add_export)
+
+if __name__ == "__main__":
+    sys.exit(main())
