@@ -1,0 +1,168 @@
+"""The unified loss, computed by hand from the logits; what is never supervised; labels that are refused."""
+
+import pytest
+import torch
+
+from modeling_libra.image_blocks_libra import codebook_entries
+from tests.modeling.toys import NEWLINE, make_config, make_features, make_image, make_model, make_rows, pad
+
+CONFIG = make_config()
+V, BOI, EOI = CONFIG.text_vocab_size, CONFIG.boi_token_id, CONFIG.eoi_token_id
+IMAGE = make_image(CONFIG)
+SUPERVISED = 11 + 15  # targets of the rows: text, and four codes and EOI of three images
+
+
+@pytest.fixture(params=["left", "right"])
+def batch(request):
+    """Three rows, every token supervised as far as labels can say."""
+    input_ids, mask = pad(make_rows(CONFIG), request.param)
+    return {"input_ids": input_ids, "attention_mask": mask, "image_features": make_features(CONFIG, 3)}
+
+
+def terms_by_hand(model, inputs, labels):
+    """The loss terms of text targets and of vision targets, one token at a time."""
+    with torch.no_grad():
+        output = model(**inputs)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    places = iter(range(len(output.vision_logits)))
+    vision_place = {(b, t): next(places) for b, t in (ids >= V).nonzero().tolist()}
+    text, vision = [], []
+    for b, row in enumerate(ids.tolist()):
+        for t in range(len(row) - 1):
+            target = int(labels[b, t + 1])
+            if target in (-100, BOI) or row[t] == EOI or not mask[b, t] or not mask[b, t + 1]:
+                continue
+            if target < V:
+                text.append(-output.logits[b, t].log_softmax(-1)[target])
+            else:
+                entries = codebook_entries(torch.tensor(target), CONFIG)
+                log_probs = output.vision_logits[vision_place[b, t]].log_softmax(-1)
+                vision.append(-sum(log_probs[k, entry] for k, entry in enumerate(entries)) / len(entries))
+    return torch.stack(text), torch.stack(vision)
+
+
+def supervise_everything(batch):
+    return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_by_hand(toy_model, batch, mode):
+    labels = supervise_everything(batch)
+    text, vision = terms_by_hand(toy_model, batch, labels)
+    assert (len(text), len(vision)) == (11, 15)
+    output = toy_model.train(mode == "train")(**batch, labels=labels)
+    torch.testing.assert_close(output.loss, torch.cat([text, vision]).mean())
+    torch.testing.assert_close(output.text_loss, text.mean())
+    torch.testing.assert_close(output.vision_loss, vision.mean())
+    assert (output.logits is None) == (mode == "train")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_subset_by_hand(toy_model, batch, seed):
+    labels = supervise_everything(batch)
+    dropped = torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    labels = labels.masked_fill(dropped, -100)
+    text, vision = terms_by_hand(toy_model, batch, labels)
+    torch.testing.assert_close(toy_model(**batch, labels=labels).loss, torch.cat([text, vision]).mean())
+
+
+@pytest.mark.parametrize(
+    "never",
+    [
+        pytest.param(lambda ids, mask: ids == BOI, id="BOI"),
+        pytest.param(lambda ids, mask: ids == NEWLINE, id="newline after an image"),
+        pytest.param(lambda ids, mask: mask == 0, id="padding"),
+        pytest.param(lambda ids, mask: ids == CONFIG.text_config.bos_token_id, id="BOS"),
+    ],
+)
+def test_never_supervised(toy_model, batch, never):
+    """Labels that may not count change nothing."""
+    labels = batch["input_ids"].clone()
+    blanked = labels.masked_fill(never(batch["input_ids"], batch["attention_mask"]), -100)
+    assert not torch.equal(labels, blanked)
+    assert torch.equal(toy_model(**batch, labels=labels).loss, toy_model(**batch, labels=blanked).loss)
+
+
+def test_newlines_of_the_text_are_supervised(toy_model):
+    ids = torch.tensor([[1, 5, NEWLINE]])
+    expected = -toy_model(input_ids=ids).logits[0, 1].log_softmax(-1)[NEWLINE]
+    labels = torch.tensor([[-100, -100, NEWLINE]])
+    torch.testing.assert_close(toy_model(input_ids=ids, labels=labels).loss, expected)
+
+
+def test_one_modality_alone(toy_model, batch):
+    labels = supervise_everything(batch)
+    text = toy_model(**batch, labels=labels.masked_fill(labels >= V, -100))
+    assert torch.equal(text.loss, text.text_loss)
+    assert text.vision_loss == 0
+    vision = toy_model(**batch, labels=labels.masked_fill(labels < V, -100))
+    assert torch.equal(vision.loss, vision.vision_loss)
+    assert vision.text_loss == 0
+
+
+@pytest.mark.parametrize("count", [7, torch.tensor(7)], ids=["int", "tensor"])
+def test_num_items_in_batch(toy_model, batch, count):
+    """The Trainer divides by the tokens of all accumulated batches."""
+    labels = supervise_everything(batch)
+    mean, scaled = toy_model(**batch, labels=labels), toy_model(**batch, labels=labels, num_items_in_batch=count)
+    torch.testing.assert_close(scaled.loss, mean.loss * SUPERVISED / 7)
+    assert torch.equal(scaled.text_loss, mean.text_loss)
+
+
+def test_accumulated_batches_are_one_batch(toy_model, batch):
+    """Row by row with `num_items_in_batch` gives the gradients of the whole batch."""
+    labels, features = supervise_everything(batch), batch["image_features"].split([2, 0, 1])
+    toy_model.train()(**batch, labels=labels).loss.backward()
+    whole = {name: p.grad.clone() for name, p in toy_model.named_parameters()}
+    toy_model.zero_grad()
+    for i in range(3):
+        row = {"input_ids": batch["input_ids"][[i]], "attention_mask": batch["attention_mask"][[i]]}
+        row_features = features[i] if len(features[i]) else None
+        toy_model(**row, image_features=row_features, labels=labels[[i]], num_items_in_batch=SUPERVISED).loss.backward()
+    for name, parameter in toy_model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_loss_of_a_half_precision_model_is_float32(batch):
+    model = make_model(CONFIG).to(torch.bfloat16)
+    assert model(**batch, labels=supervise_everything(batch)).loss.dtype == torch.float32
+
+
+ROW = [1, 5, *IMAGE, NEWLINE, 7]
+
+
+@pytest.mark.parametrize(
+    ("place", "label", "message"),
+    [
+        pytest.param(3, 7, "has 7 at position 3; a token inside an image predicts a code or EOI", id="text in image"),
+        pytest.param(1, V + 3, f"has {V + 3} at position 1; .*any other token text", id="code in text"),
+        pytest.param(8, V + 3, f"has {V + 3} at position 8; .*any other token text", id="code after EOI"),
+        pytest.param(2, EOI, f"has {EOI} at position 2; .*any other token text", id="EOI in text"),
+        pytest.param(9, 88, r"has 88 at position 9; labels must be -100 or in \[0, 88\)", id="too large"),
+        pytest.param(9, -1, r"has -1 at position 9; labels must be -100 or in \[0, 88\)", id="negative"),
+    ],
+)
+def test_labels_no_head_can_predict(toy_model, place, label, message):
+    ids = torch.tensor([[1, 5, 6, *[7] * 7], ROW])
+    labels = ids.clone()
+    labels[1, place] = label
+    with pytest.raises(ValueError, match=f"Row 1 of labels {message}"):
+        toy_model(input_ids=ids, labels=labels)
+
+
+def test_shifted_labels(toy_model):
+    ids = torch.tensor([ROW])
+    with pytest.raises(ValueError, match="Are labels shifted already"):
+        toy_model(input_ids=ids[:, :-1], labels=ids[:, 1:])
+
+
+@pytest.mark.parametrize("labels", [[-100] * len(ROW), [-100, -100, BOI, *[-100] * 5, NEWLINE, -100]], ids=str)
+def test_labels_that_supervise_nothing(toy_model, labels):
+    with pytest.raises(ValueError, match="labels supervise no token of the batch"):
+        toy_model(input_ids=torch.tensor([ROW]), labels=torch.tensor([labels]))
+
+
+def test_labels_of_another_shape(toy_model):
+    ids = torch.tensor([ROW])
+    with pytest.raises(ValueError, match=r"labels has shape \(1, 9\), input_ids \(1, 10\)"):
+        toy_model(input_ids=ids, labels=ids[:, 1:])
