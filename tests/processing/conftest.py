@@ -1,4 +1,4 @@
-"""A tiny untrained image tokenizer, a text tokenizer made in code, and the released tiny checkpoint."""
+"""A tiny untrained image tokenizer, the released tiny checkpoint, and a processor made of it."""
 
 import json
 from types import SimpleNamespace
@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from processing.conversion_libra_image_tokenizer import load_released
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
+from processing.processing_libra import LibraProcessor
 
 TINY_CLIP = {
     "hidden_size": 32,
@@ -63,3 +64,10 @@ def release(golden) -> SimpleNamespace:
         image_tokenizer=image_tokenizer,
         image_processor=image_processor,
     )
+
+
+@pytest.fixture
+def processor(release) -> LibraProcessor:
+    """A processor around the released tiny tokenizers: 360 text ids, 4 x 4 patches of 512 * 512 codes."""
+    tokenizer = AutoTokenizer.from_pretrained(release.folder)
+    return LibraProcessor(release.image_processor, tokenizer, release.image_tokenizer)
