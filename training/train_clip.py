@@ -5,9 +5,9 @@ Stage 0: a small CLIP, trained contrastively. (At full size OpenAI's CLIP-ViT-L/
     python -m training.train_clip --config training/configs/tiny/clip.yaml --max_steps 10 --output_dir /tmp/clip
     python -m training.train_clip --config my.yaml --dataset path/to/imagefolder
 
-`--resume_from_checkpoint auto` continues from the last checkpoint in the output folder. Written there: the whole
-CLIPModel with the tokenizer of its text tower, the vision tower alone with its image processor in `vision/` (what the
-image tokenizer reads), and `metrics.json`.
+A run goes on from the last checkpoint in `output_dir` by itself. Written there: the whole CLIPModel with the tokenizer
+of its text tower, the vision tower alone with its image processor in `vision/` (what the image tokenizer reads), and
+`metrics.json`.
 """
 
 import json
@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
+from .checkpoints import last_checkpoint
 from .clip_evaluation import libra_features, probe_accuracy, zero_shot_accuracy
 from .clip_objective import NOTHING, ClipCollator, ClipObjective, train_text_tokenizer
 from .images import CLIP_MEAN, CLIP_STD, CaptionedFolder, to_pixel_values
 from .teacher import TEACHER_WIDTH, load_features
 from .world.augment import Augmentation
-from .world.concepts import Subject, load_concepts, load_other_subjects, load_subjects
-from .world.icons import TRAIN_VENDORS, UNSEEN_VENDOR, install_icons
+from .world.concepts import Subject, load_concepts, load_other_subjects, load_subjects, training_subjects
+from .world.icons import UNSEEN_VENDOR, install_icons
 from .world.scenes import World, evaluation_images
 
 
@@ -195,14 +196,14 @@ def measure(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, script: ClipAr
     """
     model.eval()
     size = model.config.vision_config.image_size
-    concepts = load_concepts()
-    known = load_subjects(concepts, TRAIN_VENDORS, source)
+    known = training_subjects(source)
+    concepts = load_concepts(len(known))
     unseen = load_subjects(concepts, (UNSEEN_VENDOR,), source)
     sets = {}
     for name, subjects, split, count in (
-        ("probe", known, "train", 2000),
-        ("train_vendors", known, "validation", 500),
-        ("unseen_vendor", unseen, "test", 100),
+        ("probe", known, "train", 20 * len(concepts)),
+        ("train_vendors", known, "validation", 5 * len(concepts)),
+        ("unseen_vendor", unseen, "test", len(concepts)),
     ):
         scenes = evaluation_images(World(subjects, split, count), count)
         pixels = torch.stack([to_pixel_values(scene.image, size) for scene in scenes])
@@ -255,8 +256,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     source = Path(script.icons) if script.icons else None
     if script.dataset == "world":
         source = source or install_icons()
-        concepts = load_concepts()
-        subjects = load_subjects(concepts, TRAIN_VENDORS, source)
+        subjects = training_subjects(source)
+        concepts = load_concepts(len(subjects))
         if script.concept_fraction < 1:
             subjects += load_other_subjects(concepts, source)
         samples: torch.utils.data.Dataset = WorldSamples(build_world(script, subjects, len(concepts), args), size)
@@ -285,8 +286,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         train_dataset=samples,
         data_collator=ClipCollator(tokenizer, candidates, teacher),
     )
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if resume == "auto" else resume)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     save(objective.clip, tokenizer, Path(args.output_dir))
     if script.dataset != "world" or source is None:
         return {}

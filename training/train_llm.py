@@ -25,6 +25,9 @@ from .checkpoints import last_checkpoint
 from .text_tokenizer import save_llama_tokenizer, train_sentencepiece
 from .world.corpus import END, TextWorld, prompts_with_answers
 
+Documents = Sequence[str] | TextWorld
+"""Texts by index."""
+
 
 @dataclass
 class LlmArguments:
@@ -50,7 +53,7 @@ class LlmArguments:
     eval_prompts: int = field(default=200, metadata={"help": "Questions answered at the end."})
 
 
-def read_documents(script: LlmArguments) -> tuple[Sequence[str], Sequence[str]]:
+def read_documents(script: LlmArguments) -> tuple[Documents, Documents]:
     """
     Training and validation documents, each ending in `</s>`.
 
@@ -69,7 +72,7 @@ def read_documents(script: LlmArguments) -> tuple[Sequence[str], Sequence[str]]:
     return [text for i, text in enumerate(documents) if i % 50], documents[::50]
 
 
-def tokenizer_lines(documents: Sequence[str], count: int) -> Iterator[str]:
+def tokenizer_lines(documents: Documents, count: int) -> Iterator[str]:
     """The lines of the first `count` documents, without the end token."""
     for index in range(min(count, len(documents))):
         for line in documents[index].replace(END, "").split("\n"):
@@ -93,7 +96,7 @@ class PackedText(Dataset):
     Documents one after the other, cut into blocks of equal length.
 
     Args:
-        documents (`Sequence[str]`): The documents.
+        documents (`Sequence[str]` or [`TextWorld`]): The documents.
         tokenizer (`PreTrainedTokenizerBase`): Makes ids of them.
         block_size (`int`): Tokens of a block.
 
@@ -101,7 +104,7 @@ class PackedText(Dataset):
         ValueError: If the documents do not fill a single block.
     """
 
-    def __init__(self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+    def __init__(self, documents: Documents, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
         ids: list[int] = []
         for index in range(len(documents)):
             ids += encode_document(documents[index], tokenizer)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .icons import TRAIN_VENDORS, find_vendor_file, load_icons, resolve_icon
+from .icons import find_vendor_file, icon_names, install_icons, load_icons, present_vendors, resolve_icon
 
 NUM_CONCEPTS = 100
 """How many concepts of concepts.json the world uses."""
@@ -104,6 +104,45 @@ def load_subjects(
     return subjects
 
 
+def drawn_concepts(source: Path, vendors: Sequence[str]) -> tuple[Concept, ...]:
+    """
+    The leading concepts that a folder of icons can show: all 100, or fewer for a small folder.
+
+    Args:
+        source (`Path`): Folder with the iconify JSON files.
+        vendors (`Sequence[str]`): The vendors to look at.
+
+    Returns:
+        `tuple[Concept, ...]`: A beginning of [`load_concepts`], so that indices stay the same.
+    """
+    names = {vendor: icon_names(find_vendor_file(source, vendor)) for vendor in vendors}
+    concepts = load_concepts()
+    for count, concept in enumerate(concepts):
+        if not any(concept.icon_names.get(vendor, "").replace("-", "") in names[vendor] for vendor in vendors):
+            return concepts[:count]
+    return concepts
+
+
+def training_subjects(icons: str | Path | None = None) -> list[Subject]:
+    """
+    The concepts as drawn by the training vendors.
+
+    Args:
+        icons (`str` or `Path`, *optional*): Folder with iconify JSON files, which may hold some of the vendors and
+            some of the concepts only; by default all are installed with npm.
+
+    Raises:
+        FileNotFoundError: If the folder has none of the training vendors.
+        ValueError: If it does not show a single concept.
+    """
+    source = Path(icons) if icons else install_icons()
+    vendors = present_vendors(source)
+    concepts = drawn_concepts(source, vendors)
+    if not concepts:
+        raise ValueError(f"The icons in {source} do not show {load_concepts()[0].label!r}, the first concept.")
+    return load_subjects(concepts, vendors, source)
+
+
 def load_other_subjects(concepts: Sequence[Concept], source: Path, cache: Path | None = None) -> list[Subject]:
     """
     All further emoji of the training vendors, for learning to see: those that are none of the concepts.
@@ -119,7 +158,7 @@ def load_other_subjects(concepts: Sequence[Concept], source: Path, cache: Path |
     """
     drawings: dict[str, list[tuple[str, np.ndarray]]] = {}
     labels: dict[str, str] = {}
-    for vendor in TRAIN_VENDORS:
+    for vendor in present_vendors(source):
         collection = json.loads(find_vendor_file(source, vendor).read_text(encoding="utf-8"))
         taken = {resolve_icon(collection, c.icon_names[vendor])[0] for c in concepts if vendor in c.icon_names}
         wanted = [

@@ -72,6 +72,10 @@ def install_icons(cache: Path | None = None) -> Path:
     return modules
 
 
+def _vendor_files(source: Path, vendor: str) -> tuple[Path, Path]:
+    return source / "@iconify-json" / vendor / "icons.json", source / vendor / "icons.json"
+
+
 def find_vendor_file(source: Path, vendor: str) -> Path:
     """
     The iconify JSON of one vendor.
@@ -83,11 +87,30 @@ def find_vendor_file(source: Path, vendor: str) -> Path:
     Raises:
         FileNotFoundError: If the source has no such vendor.
     """
-    candidates = (source / "@iconify-json" / vendor / "icons.json", source / vendor / "icons.json")
+    candidates = _vendor_files(source, vendor)
     for path in candidates:
         if path.is_file():
             return path
     raise FileNotFoundError(f"No icons of {vendor!r}: looked for {candidates[0]} and {candidates[1]}.")
+
+
+def present_vendors(source: Path) -> tuple[str, ...]:
+    """
+    The training vendors a folder of icons has.
+
+    Raises:
+        FileNotFoundError: If it has none.
+    """
+    found = tuple(v for v in TRAIN_VENDORS if any(path.is_file() for path in _vendor_files(source, v)))
+    if not found:
+        raise FileNotFoundError(f"{source} has icons of none of the vendors {', '.join(TRAIN_VENDORS)}.")
+    return found
+
+
+def icon_names(path: Path) -> set[str]:
+    """All names in an iconify JSON, aliases too, without hyphens."""
+    collection = json.loads(path.read_text(encoding="utf-8"))
+    return {name.replace("-", "") for name in (*collection["icons"], *collection.get("aliases", {}))}
 
 
 def resolve_icon(collection: dict, name: str) -> tuple[str, bool]:
@@ -208,6 +231,8 @@ def load_icons(vendor: str, names: Iterable[str], source: Path, cache: Path | No
         KeyError: If the vendor has no icon of one of the names.
     """
     names = sorted(set(names))
+    if not names:
+        return IconSet(vendor, {})
     text = find_vendor_file(source, vendor).read_text(encoding="utf-8")
     key = hashlib.sha256("\n".join([text, str(_RENDER_SIZE), str(ICON_SIZE), *names]).encode()).hexdigest()[:16]
     path = (cache or cache_dir()) / "icons" / f"{vendor}-{key}.npz"

@@ -108,6 +108,7 @@ class World:
         single_fraction (`tuple[float, float]`, *optional*, defaults to `(0.5, 0.5)`):
             Share of singles at the beginning and at the end of the dataset, linear in between.
         max_objects (`int`, *optional*, defaults to 3): Most objects in a grid, at most 4.
+        pastel_fraction (`float`, *optional*, defaults to 0.5): Share of scenes on a pastel ground; the others are white.
         augmentation ([`Augmentation`], *optional*): Changes of the drawings; none by default.
         weights (`np.ndarray`, *optional*): Probability of each subject, `(len(subjects),)`; uniform by default.
     """
@@ -118,6 +119,7 @@ class World:
     seed: int = 0
     single_fraction: tuple[float, float] = (0.5, 0.5)
     max_objects: int = 3
+    pastel_fraction: float = 0.5
     augmentation: Augmentation | None = None
     weights: np.ndarray | None = None
     _cumulative: np.ndarray = field(init=False, repr=False)
@@ -190,7 +192,7 @@ class World:
             layout ([`Layout`]): What is where.
             rng (`np.random.Generator`): Source of randomness.
         """
-        canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), _background(rng))
+        canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), self._background(rng))
         for item in layout.objects:
             icon = Image.fromarray(self.subjects[item.subject].drawings[item.drawing])
             self._place(canvas, icon, item.cell, rng)
@@ -209,6 +211,13 @@ class World:
         left, top = rng.integers(0, space - size + 1, size=2).tolist()
         canvas.paste(icon, (column * space + left, row * space + top), icon)
 
+    def _background(self, rng: np.random.Generator) -> tuple[int, int, int]:
+        """White, or a pastel colour."""
+        if rng.random() >= self.pastel_fraction:
+            return (255, 255, 255)
+        red, green, blue = rng.integers(205, 256, size=3).tolist()
+        return (red, green, blue)
+
     def _choose_subjects(self, count: int, rng: np.random.Generator) -> list[int]:
         """Different subjects, drawn by their weights."""
         chosen: list[int] = []
@@ -217,14 +226,6 @@ class World:
             if subject not in chosen:
                 chosen.append(subject)
         return chosen
-
-
-def _background(rng: np.random.Generator) -> tuple[int, int, int]:
-    """White, or a pastel colour, half and half."""
-    if rng.random() < 0.5:
-        return (255, 255, 255)
-    red, green, blue = rng.integers(205, 256, size=3).tolist()
-    return (red, green, blue)
 
 
 def evaluation_images(world: World, count: int) -> list[Scene]:
