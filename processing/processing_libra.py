@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AddedToken
+from transformers import AddedToken, AutoTokenizer, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
@@ -429,9 +429,12 @@ class LibraProcessor(ProcessorMixin):
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         path = pretrained_model_name_or_path
         image_tokenizer_folder = os.path.join(subfolder, IMAGE_TOKENIZER_FOLDER)
+        # A blank configuration: the tokenizer's own file names its class. Without one the model's would be loaded,
+        # which asks to trust code that no tokenizer needs.
+        tokenizer_options = {"config": PreTrainedConfig(), **kwargs}
         return [
             LibraImageProcessor.from_pretrained(path, subfolder=subfolder, **hub),
-            cls._load_tokenizer_from_pretrained("tokenizer", path, subfolder=subfolder, **kwargs),
+            AutoTokenizer.from_pretrained(path, subfolder=subfolder, **tokenizer_options),
             LibraImageTokenizer.from_pretrained(path, subfolder=image_tokenizer_folder, **hub),
         ]
 
