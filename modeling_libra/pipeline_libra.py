@@ -7,7 +7,10 @@ A Hub repository of Libra names this class under `custom_pipelines` in its `conf
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, Pipeline
+from transformers import Pipeline
+
+DEFAULT_MAX_NEW_TOKENS = 256
+"""Longest text where neither the caller nor `generation_config.json` sets a limit."""
 
 
 class LibraImageToTextPipeline(Pipeline):
@@ -17,7 +20,7 @@ class LibraImageToTextPipeline(Pipeline):
     Without a prompt the image is captioned as the repository's processor says: with the chat prompt
     `processor.caption_prompt` if it has one, otherwise in the layout of pretraining (begin of sequence, image, newline).
 
-    Unless `generation_config.json` or the caller says otherwise, up to 256 tokens are generated.
+    Unless the caller or `generation_config.json` says otherwise, up to 256 tokens are generated.
 
     Example:
 
@@ -35,9 +38,6 @@ class LibraImageToTextPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
-
-    _pipeline_calls_generate = True
-    _default_generation_config = GenerationConfig(max_new_tokens=256)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -112,11 +112,21 @@ class LibraImageToTextPipeline(Pipeline):
         return dict(self.processor(text=text, images=image, add_special_tokens=False, return_tensors="pt"))
 
     def _forward(self, model_inputs, generate_kwargs=None):
-        generate_kwargs = self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=False)
         rows, prompt_length = model_inputs["input_ids"].shape
-        ids = self.model.generate(**model_inputs, **generate_kwargs)  # (rows * sequences, length)
+        options = self._generate_defaults() | (generate_kwargs or {}) | {"return_dict_in_generate": False}
+        ids = self.model.generate(**model_inputs, **options)  # (rows * sequences, length)
         # One entry per image on the first dimension, which is where the pipeline takes a batch apart.
         return {"generated_ids": ids[:, prompt_length:].unflatten(0, (rows, -1))}
+
+    def _generate_defaults(self) -> dict[str, Any]:
+        """What the model's generation configuration leaves open."""
+        settings = self.model.generation_config
+        defaults = {}
+        if settings.max_new_tokens is None:
+            defaults["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+        if settings.pad_token_id is None:
+            defaults["pad_token_id"] = self.tokenizer.pad_token_id
+        return defaults
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
         """
