@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def compute_features(drawings: Sequence[np.ndarray], image_size: int, batch_size
     Returns:
         `np.ndarray`: float32 of shape `(len(drawings), 1280)`, averaged over places.
     """
-    teacher = load_teacher()
+    teacher: Any = load_teacher()
     features = []
     for start in range(0, len(drawings), batch_size):
         rgba = torch.from_numpy(np.stack(drawings[start : start + batch_size])).float().permute(0, 3, 1, 2) / 255
