@@ -11,9 +11,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
-from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
@@ -61,9 +61,7 @@ def _open_image(source: str | os.PathLike, name: str) -> tuple[Image.Image, str]
     """The still undecoded image behind a path, URL or base64 string, and its name for errors."""
     text = os.fspath(source)
     if text.startswith(("http://", "https://")):
-        response = get_session().get(text, follow_redirects=True)
-        response.raise_for_status()
-        name, data = text, response.content
+        name, data = text, _download(text)
     elif text.startswith("data:"):
         data = _decode_base64(text.partition(",")[2], name)
     elif os.path.isfile(text):
@@ -78,6 +76,13 @@ def _open_image(source: str | os.PathLike, name: str) -> tuple[Image.Image, str]
         return Image.open(BytesIO(data)), name
     except Exception as error:  # unknown formats, bombs, broken headers
         raise ValueError(f"{name}: not a readable image ({error}).") from error
+
+
+def _download(url: str) -> bytes:
+    try:
+        return httpx.get(url, follow_redirects=True).raise_for_status().content
+    except httpx.HTTPError as error:
+        raise ValueError(f"{url}: the image cannot be downloaded ({error}).") from error
 
 
 def _decode_base64(text: str, name: str) -> bytes:

@@ -1,4 +1,7 @@
 import base64
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
 import numpy as np
@@ -39,6 +42,17 @@ def test_every_way_to_give_an_image_gives_the_same_pixels(image_processor, photo
         assert torch.equal(image_processor(way, return_tensors="pt")["pixel_values"], expected)
     batch = image_processor(np.stack([array, array]), return_tensors="pt")["pixel_values"]
     assert torch.equal(batch, expected.repeat(2, 1, 1, 1))
+
+
+def test_images_are_downloaded(photo):
+    handler = partial(SimpleHTTPRequestHandler, directory=photo.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert read_image(f"{address}/photo.png").tobytes() == Image.open(photo).tobytes()
+        with pytest.raises(ValueError, match=r"/none\.png: the image cannot be downloaded .*404"):
+            read_image(f"{address}/none.png")
+        server.shutdown()
 
 
 def test_long_base64_without_a_header_is_an_image():

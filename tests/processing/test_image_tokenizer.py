@@ -21,6 +21,15 @@ def test_defaults_are_the_release():
     assert config.vision_config.num_hidden_layers == 24
 
 
+def test_the_released_size_runs_as_far_as_shapes_go():
+    with torch.device("meta"):
+        tokenizer = LibraImageTokenizer(LibraImageTokenizerConfig())
+        quantized = tokenizer.quantizer.project_out(torch.zeros(1, 576, 18))
+        assert tokenizer._decode_quantized(quantized).shape == (1, 3, 336, 336)
+    assert len(tokenizer.clip.encoder.layers) == 22
+    assert tokenizer.pre_quant.weight.shape == (1024, 4096)
+
+
 def test_config_round_trip(tmp_path):
     config = make_config()
     config.save_pretrained(tmp_path)

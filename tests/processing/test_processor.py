@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from processing.processing_libra import LibraProcessor
 
@@ -252,6 +253,19 @@ def conversation(*turns) -> list[dict]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
+def test_a_chat_may_ask_for_an_image(processor, release):
+    batch = processor.apply_chat_template(
+        conversation(("user", "Draw a cat.")),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"generation_mode": "image"},
+    )
+    assert processor.decode(batch["input_ids"][0]).endswith("USER: Draw a cat. ASSISTANT:<image>")
+    assert batch["input_ids"][0, -1] == processor.boi_token_id
+
+
 def test_conversations_of_several_turns(processor, release):
     messages = conversation(("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "See you."))
     rendered = processor.apply_chat_template(messages)
@@ -314,6 +328,25 @@ def test_assistant_masks_cover_the_answers_and_their_end(processor, release, pad
     assert row[:length] == prompt["input_ids"][0]
     assert mask[:length] == [False] * length
     assert mask[length]
+
+
+def test_collators_of_trl_see_the_answers_only(processor, release):
+    image = Image.open(release.images[0])
+    asked = [{"role": "user", "content": "what?"}], [{"role": "user", "content": "hi"}]
+    answered = [{"role": "assistant", "content": "a horse"}], [{"role": "assistant", "content": "ho"}]
+    images = [image], []
+    chats = [{"images": i, "messages": a + b} for i, a, b in zip(images, asked, answered)]
+    pairs = [{"images": i, "prompt": a, "completion": b} for i, a, b in zip(images, asked, answered)]
+    by_chat = DataCollatorForVisionLanguageModeling(processor, max_length=256, assistant_only_loss=True)(chats)
+    by_pair = DataCollatorForVisionLanguageModeling(processor, max_length=256, completion_only_loss=True)(pairs)
+    for batch in (by_chat, by_pair):
+        assert batch["image_features"].shape == (1, PATCHES, 64)
+        labels = [row[row != -100] for row in batch["labels"]]
+        assert [processor.decode(row).strip() for row in labels] == ["a horse </s>", "ho </s>"]
+    for row in range(2):
+        ids = [batch["input_ids"][row][batch["attention_mask"][row].bool()] for batch in (by_chat, by_pair)]
+        assert torch.equal(*ids)
+        assert (ids[0] == 1).sum() == 1  # BOS exactly once
 
 
 def test_call_shape_of_trl(processor, release):

@@ -15,10 +15,11 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 LOAD = """
 import sys, torch
 from transformers import AutoProcessor
-processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-batch = processor(images=sys.argv[2], return_tensors="pt")
-torch.save({"input_ids": batch["input_ids"], "image_features": batch["image_features"]}, sys.argv[3])
-processor.save_pretrained(sys.argv[4])
+image, output, again, *names = sys.argv[1:]
+processors = [AutoProcessor.from_pretrained(name, trust_remote_code=True) for name in names]
+processors[0].save_pretrained(again)
+processors.append(AutoProcessor.from_pretrained(again, trust_remote_code=True))
+torch.save([dict(processor(images=image, return_tensors="pt")) for processor in processors], output)
 assert "processing" not in sys.modules  # all of it is remote code
 """
 
@@ -75,31 +76,22 @@ def repository(processor, tmp_path):
     return folder
 
 
-def load_in_a_fresh_process(name, release, tmp_path, **environment):
-    """Loads with AutoProcessor where our package cannot be imported; returns a batch and the folder saved again."""
-    (tmp_path / "load.py").write_text(LOAD)
-    output, again = tmp_path / "batch.pt", tmp_path / "again"
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-P", str(tmp_path / "load.py"), name, release.images[0], str(output), str(again)]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return torch.load(output), again
-
-
-def test_remote_code_from_a_folder(processor, repository, release, tmp_path):
-    expected = processor(images=release.images[0], return_tensors="pt")
-    batch, again = load_in_a_fresh_process(str(repository), release, tmp_path)
-    assert torch.equal(batch["input_ids"], expected["input_ids"])
-    assert (again / "processing_libra.py").is_file()
-    (tmp_path / "second").mkdir()
-    batch, _ = load_in_a_fresh_process(str(again), release, tmp_path / "second")
-    assert torch.equal(batch["image_features"], expected["image_features"])
-
-
-def test_remote_code_from_the_hub_cache(processor, repository, release, tmp_path):
+def test_remote_code_in_a_fresh_process(processor, repository, release, tmp_path):
+    """AutoProcessor loads a folder, a repository in the Hub cache, and a folder that was saved after loading."""
     cache = tmp_path / "home" / "hub" / "models--someone--libra"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text(REVISION)
     shutil.copytree(repository, cache / "snapshots" / REVISION)
-    batch, _ = load_in_a_fresh_process("someone/libra", release, tmp_path)
-    assert torch.equal(batch["input_ids"], processor(images=release.images[0], return_tensors="pt")["input_ids"])
+    (tmp_path / "load.py").write_text(LOAD)
+    output, again = tmp_path / "batches.pt", tmp_path / "again"
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    names = [release.images[0], str(output), str(again), str(repository), "someone/libra"]
+    command = [sys.executable, "-P", str(tmp_path / "load.py"), *names]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    expected = processor(images=release.images[0], return_tensors="pt")
+    batches = torch.load(output)
+    assert len(batches) == 3
+    for batch in batches:
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+        torch.testing.assert_close(batch["image_features"], expected["image_features"])
