@@ -49,14 +49,17 @@ def load_libra(path: str | os.PathLike, **kwargs: Any) -> tuple[LibraForCausalLM
 
     Raises:
         ValueError: if the folder is not a Libra repository, or its weights do not fit its configuration.
-        OSError: if there is no such repository.
+        OSError: if files are missing, or the Hub cannot be reached.
     """
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Libra repository: it has no config.json.")
     if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) != 2):
         raise ValueError(f"There is no folder {str(path)!r}, and it is no Hub id such as 'organization/name' either.")
-    model, report = LibraForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    try:
+        model, report = LibraForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except OSError as error:
+        raise OSError(f"No model could be loaded from {str(path)!r}: {error}") from error
     # from_pretrained would fill the gaps with random numbers and only log it
     problems = {kind: report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[kind]}
     if problems:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from libra_cli.convert import convert_release
 from modeling_libra import LibraConfig, LibraForCausalLM
 from tests.modeling.toys import make_config, make_model
 
@@ -18,6 +19,12 @@ def golden() -> Path:
     if not (path / "official_checkpoint" / "expected.json").is_file():
         pytest.fail(f"The reference files are not in {path}. Set LIBRA_GOLDEN to the folder that holds them.")
     return path
+
+
+@pytest.fixture(scope="session")
+def repo(golden, tmp_path_factory) -> Path:
+    """The authors' release in small, converted to a repository of ours. Not to be changed by tests."""
+    return convert_release(golden / "official_checkpoint" / "checkpoint", tmp_path_factory.mktemp("repo") / "libra-toy")
 
 
 @pytest.fixture

@@ -1,0 +1,135 @@
+"""`libra export`: the repository, the dtype of its weights, and what is refused. How it loads is in test_remote_code."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from libra_cli.export import AUTO_MAP, CUSTOM_PIPELINES, export_folder, export_repo, new_folder, remote_code_files
+from libra_cli.loading import load_libra
+from tests.modeling.toys import make_config, make_model
+
+
+@pytest.fixture
+def bare(repo, tmp_path) -> Path:
+    """What training leaves: a model and a processor as `save_pretrained` writes them, without code and card."""
+    model, processor = load_libra(repo)
+    for part in (model.config, processor.image_tokenizer.config):
+        part.auto_map = None
+    model.save_pretrained(tmp_path / "bare")
+    processor.save_pretrained(tmp_path / "bare")
+    assert not list((tmp_path / "bare").glob("*.py"))
+    return tmp_path / "bare"
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_repository_is_complete(bare, tmp_path):
+    folder = export_folder(bare, tmp_path / "repo")
+    config = read_json(folder / "config.json")
+    assert config["auto_map"] == AUTO_MAP
+    assert config["custom_pipelines"] == CUSTOM_PIPELINES
+    processor = read_json(folder / "processor_config.json")
+    assert processor["auto_map"] == {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    assert processor["image_processor"]["auto_map"] == {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert written == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "image_tokenizer/config.json",
+        "image_tokenizer/model.safetensors",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        *(file.name for file in remote_code_files()),
+    }
+    for reference in [*AUTO_MAP.values(), CUSTOM_PIPELINES["image-to-text"]["impl"]]:
+        module, name = reference.split(".")
+        assert f"class {name}(" in (folder / f"{module}.py").read_text(encoding="utf-8")
+
+
+def test_card_is_valid_and_kept(bare, tmp_path):
+    made = ModelCard((export_folder(bare, tmp_path / "first") / "README.md").read_text())
+    assert (made.data.library_name, made.data.pipeline_tag) == ("transformers", "image-text-to-text")
+    (bare / "README.md").write_text("# Mine\n")
+    assert (export_folder(bare, tmp_path / "second") / "README.md").read_text() == "# Mine\n"
+
+
+def test_weights_in_half_precision_load_in_full(bare, tmp_path):
+    folder = export_folder(bare, tmp_path / "repo", weights_dtype=torch.float16)
+    for part in (folder, folder / "image_tokenizer"):
+        stored = load_file(part / "model.safetensors")
+        assert {weight.dtype for weight in stored.values()} == {torch.float16}
+        assert read_json(part / "config.json")["dtype"] == "float32"
+    (model, processor), (original, _) = load_libra(folder), load_libra(bare)
+    assert model.dtype == processor.image_tokenizer.dtype == torch.float32
+    for name, weight in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight.half().float()), name
+        assert weight.dtype == torch.float32
+
+
+def test_tied_weights_are_stored_once(repo, tmp_path):
+    model, (_, processor) = make_model(make_config(text={"tie_word_embeddings": True})), load_libra(repo)
+    folder = export_repo(model, processor, tmp_path / "repo", weights_dtype=torch.float16)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert load_libra(folder)[0].lm_head.weight.dtype == torch.float32
+
+
+def test_weights_too_large_for_the_dtype(bare, tmp_path):
+    model, processor = load_libra(bare)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        export_repo(model, processor, tmp_path / "repo", weights_dtype=torch.float16)
+    assert not [path for path in tmp_path.iterdir() if "repo" in path.name]
+
+
+def test_exporting_an_export_changes_nothing(repo, tmp_path):
+    folder = export_folder(repo, tmp_path / "repo")
+    texts = [path.relative_to(repo) for path in repo.rglob("*") if "safetensors" not in path.name and path.is_file()]
+    assert len(texts) > len(remote_code_files())
+    for path in texts:
+        assert (folder / path).read_text() == (repo / path).read_text(), path
+
+
+def test_missing_weights_are_not_made_up(bare, tmp_path):
+    weights = load_file(bare / "model.safetensors")
+    del weights["vision_lm_head.0.weight"]
+    save_file(weights, bare / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing keys: vision_lm_head\.0\.weight"):
+        export_folder(bare, tmp_path / "repo")
+
+
+def test_folder_that_is_no_repository(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        export_folder(tmp_path / "empty", tmp_path / "repo")
+    with pytest.raises(ValueError, match="no folder"):
+        export_folder(tmp_path / "absent", tmp_path / "repo")
+
+
+def test_new_folder_appears_whole_or_not_at_all(tmp_path):
+    with new_folder(tmp_path / "made") as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "made").exists()
+    assert (tmp_path / "made" / "file").is_file()
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "kept"):
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "made"]
+
+
+def test_destination_in_use(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="not a folder"), new_folder(tmp_path / "file"):
+        pass
+    with pytest.raises(ValueError, match="not empty"), new_folder(tmp_path):
+        pass
