@@ -1,0 +1,66 @@
+"""The folders of `hub_configs/`: configurations that are what they say, model cards that the Hub accepts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import GenerationConfig
+
+from libra_cli.cards import model_card
+from libra_cli.export import AUTO_MAP, CUSTOM_PIPELINES
+from modeling_libra import LibraConfig
+
+HUB_CONFIGS = Path(__file__).resolve().parents[2] / "hub_configs"
+FOLDERS = sorted(path for path in HUB_CONFIGS.iterdir() if path.is_dir())
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def folder(request) -> Path:
+    return request.param
+
+
+def test_card_has_valid_metadata(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    data = ModelCard(text).data
+    assert data.license == ("llama2" if "11b" in folder.name else "apache-2.0")
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "image-text-to-text"
+    assert data.language
+    # whatever results the card reports must survive the Hub's own reading of them
+    front_matter = yaml.safe_load(text.split("---")[1])
+    reported = [r for model in front_matter.get("model-index", []) for r in model["results"]]
+    metrics = [metric for result in reported for metric in result["metrics"]]
+    assert len(data.eval_results or []) == len(metrics)
+
+
+def test_configuration_names_our_classes(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["auto_map"] == AUTO_MAP
+    assert config["custom_pipelines"] == CUSTOM_PIPELINES
+    assert config["architectures"] == ["LibraForCausalLM"]
+
+
+@pytest.mark.parametrize("name", ["libra-11b-base", "libra-11b-chat"])
+def test_the_11b_configuration_is_the_default(name):
+    loaded, default = LibraConfig.from_pretrained(HUB_CONFIGS / name), LibraConfig()
+    for field in ("image_grid", "num_codebooks", "codebook_size", "feature_size", "expert_down_ratio", "bridge_rank"):
+        assert getattr(loaded, field) == getattr(default, field)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for field in (*sizes, "rms_norm_eps", "max_position_embeddings", "rope_parameters"):
+        assert getattr(loaded.text_config, field) == getattr(default.text_config, field)
+    generation = GenerationConfig.from_pretrained(HUB_CONFIGS / name)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("name", ["libra-11b-base", "libra-11b-chat"])
+def test_the_11b_folders_promise_no_weights(name):
+    assert not list((HUB_CONFIGS / name).glob("*.safetensors"))
+    assert "no weights" in (HUB_CONFIGS / name / "README.md").read_text(encoding="utf-8")
+
+
+def test_minimal_card():
+    card = ModelCard(model_card("some-name", license="llama2"))
+    assert card.data.license == "llama2"
+    assert "# some-name" in card.text
