@@ -7,10 +7,11 @@ the flat id space in which text, image codes and the two image markers live side
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 # Language models whose decoder layer is input norm, separate q/k/v/o, post-attention norm, gated MLP.
 SUPPORTED_TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+LLAMA_2_7B = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "pad_token_id": 0}
 
 
 @strict
@@ -48,8 +49,9 @@ class LibraConfig(PreTrainedConfig):
             Text id of the newline that follows every image.
 
     Raises:
-        ValueError: if a size is not positive, a low-rank map would have rank 0, the codebooks do not divide the
-            hidden size, or the language model is of a family whose layers Libra cannot route.
+        StrictDataclassClassValidationError: (of `huggingface_hub.errors`, as all configurations of transformers) if a
+            size is not positive, a low-rank map would have rank 0, the codebooks do not divide the hidden size, or the
+            language model is of a family whose layers Libra cannot route.
 
     Example:
 
@@ -62,13 +64,7 @@ class LibraConfig(PreTrainedConfig):
     ```"""
 
     model_type = "libra"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="llama",
-            init_kwargs={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "pad_token_id": 0},
-        )
-    }
+    sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values", "vision_logits", "text_loss", "vision_loss"]
 
     text_config: dict | PreTrainedConfig | None = None
@@ -83,6 +79,10 @@ class LibraConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        text_config = LLAMA_2_7B if self.text_config is None else self.text_config
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**{"model_type": "llama", **text_config})
+        self.text_config = text_config
         super().__post_init__(**kwargs)
         # The language model decides; transformers reads the flag from the outer configuration.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
