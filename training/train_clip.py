@@ -26,7 +26,7 @@ from .clip_objective import NOTHING, ClipCollator, ClipObjective, train_text_tok
 from .images import CLIP_MEAN, CLIP_STD, CaptionedFolder, to_pixel_values
 from .teacher import TEACHER_WIDTH, load_features
 from .world.augment import Augmentation
-from .world.concepts import Subject, load_concepts, load_other_subjects, load_subjects, training_subjects
+from .world.concepts import load_concepts, load_other_subjects, load_subjects, training_subjects
 from .world.icons import UNSEEN_VENDOR, install_icons
 from .world.scenes import World, evaluation_images
 
@@ -43,10 +43,10 @@ class ClipArguments:
         text_config (`dict`, *optional*): Settings of `CLIPTextConfig`; `vocab_size` is the most tokens there may be.
         projection_dim (`int`, *optional*, defaults to 128): Width of the space shared by images and texts.
         select_layers (`list[int]`, *optional*, defaults to `[2, 4, 6, 8]`): Layers Libra reads, for the probe.
-        concept_fraction (`float`, *optional*, defaults to 0.6): Share of objects that are concepts; the others are
+        concept_fraction (`float`, *optional*, defaults to 0.97): Share of objects that are concepts; the others are
             further emoji. 1 leaves the further emoji out.
-        single_fraction (`list[float]`, *optional*, defaults to `[0.2, 0.7]`): Share of singles at the beginning and
-            the end of training. Grids teach more per image, singles are what is asked for in the end.
+        single_fraction (`list[float]`, *optional*, defaults to `[0.5, 0.85]`): Share of singles at the beginning and
+            the end of training.
         augmentation (`dict`, *optional*): Settings of [`Augmentation`].
         teacher_size (`int`, *optional*, defaults to 128): Side at which the teacher looks at drawings; 0: no teacher.
         teacher_weight (`float`, *optional*, defaults to 3.0): Weight of the teacher's term.
@@ -58,9 +58,9 @@ class ClipArguments:
     text_config: dict = field(default_factory=dict, metadata={"help": "Settings of CLIPTextConfig."})
     projection_dim: int = field(default=128, metadata={"help": "Width of the shared space."})
     select_layers: list[int] = field(default_factory=lambda: [2, 4, 6, 8], metadata={"help": "Layers Libra reads."})
-    concept_fraction: float = field(default=0.6, metadata={"help": "Share of objects that are concepts."})
+    concept_fraction: float = field(default=0.97, metadata={"help": "Share of objects that are concepts."})
     single_fraction: list[float] = field(
-        default_factory=lambda: [0.2, 0.7], metadata={"help": "Share of singles at the beginning and the end."}
+        default_factory=lambda: [0.5, 0.85], metadata={"help": "Share of singles at the beginning and the end."}
     )
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
     teacher_size: int = field(default=128, metadata={"help": "Side at which the teacher looks; 0: no teacher."})
@@ -145,14 +145,32 @@ class ClipTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def build_world(script: ClipArguments, subjects: list[Subject], num_concepts: int, args: TrainingArguments) -> World:
-    """The training scenes: concepts and further emoji, singles and grids, with augmentation."""
-    weights = np.ones(len(subjects))
-    weights[:num_concepts] = script.concept_fraction / num_concepts
-    if len(subjects) > num_concepts:
-        weights[num_concepts:] = (1 - script.concept_fraction) / (len(subjects) - num_concepts)
+@dataclass
+class ClipData:
+    """
+    What a run trains on.
+
+    Args:
+        samples (`Dataset`): Samples for [`ClipCollator`].
+        texts (`list[str]`): What the tokenizer of the text tower is trained on.
+        candidates (`list[str]`): Names every region is contrasted with.
+        drawings (`list[np.ndarray]`): What the teacher looks at, in the order samples refer to; empty: no teacher.
+    """
+
+    samples: torch.utils.data.Dataset
+    texts: list[str]
+    candidates: list[str] = field(default_factory=list)
+    drawings: list[np.ndarray] = field(default_factory=list)
+
+
+def load_world_data(script: ClipArguments, args: TrainingArguments, source: Path) -> ClipData:
+    """Scenes of the concepts and, for a part, of further emoji: singles and grids, with augmentation."""
+    subjects = training_subjects(source)
+    concepts = load_concepts(len(subjects))
+    if script.concept_fraction < 1:
+        subjects += load_other_subjects(concepts, source)
     start, end = script.single_fraction
-    return World(
+    world = World(
         subjects,
         split="train",
         length=args.max_steps * args.train_batch_size * args.gradient_accumulation_steps,
@@ -160,8 +178,39 @@ def build_world(script: ClipArguments, subjects: list[Subject], num_concepts: in
         single_fraction=(start, end),
         max_objects=4,
         augmentation=Augmentation(**script.augmentation),
-        weights=weights,
+        weights=subject_weights(len(concepts), len(subjects), script.concept_fraction),
     )
+    names = [subject.label for subject in subjects]
+    return ClipData(
+        samples=WorldSamples(world, script.vision_config["image_size"]),
+        texts=[*names, NOTHING, "to the left of", "above", "and"],
+        candidates=[*names[: len(concepts)], NOTHING],
+        drawings=[drawing for subject in subjects for drawing in subject.drawings],
+    )
+
+
+def subject_weights(num_concepts: int, num_subjects: int, concept_fraction: float) -> np.ndarray:
+    """Probability of each subject, `(num_subjects,)`, when the first `num_concepts` share `concept_fraction`."""
+    weights = np.ones(num_subjects)
+    weights[:num_concepts] = concept_fraction / num_concepts
+    if num_subjects > num_concepts:
+        weights[num_concepts:] = (1 - concept_fraction) / (num_subjects - num_concepts)
+    return weights
+
+
+def load_folder_data(script: ClipArguments) -> ClipData:
+    """A folder of captioned images."""
+    folder = CaptionedFolder(script.dataset)
+    samples = FolderSamples(folder, script.vision_config["image_size"])
+    return ClipData(samples, texts=list(folder.rows[folder.caption_column]))
+
+
+def teacher_features(drawings: list[np.ndarray], image_size: int) -> torch.Tensor | None:
+    """What the teacher sees in each drawing, centered and of length one, `(drawings, 1280)`; `None` without drawings."""
+    if not image_size or not drawings:
+        return None
+    features = torch.from_numpy(load_features(drawings, image_size))
+    return torch.nn.functional.normalize(features - features.mean(dim=0), dim=-1)
 
 
 def build_model(script: ClipArguments, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
@@ -247,33 +296,26 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: The metrics, empty for a dataset other than the world.
+
+    Raises:
+        ValueError: If the configuration does not say how large the images are.
     """
     script, args = TrlParser((ClipArguments, TrainingArguments)).parse_args_and_config(arguments)
+    if "image_size" not in script.vision_config:
+        raise ValueError("vision_config has no image_size. Set it, for instance to 96.")
     set_seed(args.seed)
-    size = script.vision_config["image_size"]
-    max_length = script.text_config.get("max_position_embeddings", 32)
-    vocab_size = script.text_config.get("vocab_size", 2048)
     source = Path(script.icons) if script.icons else None
     if script.dataset == "world":
         source = source or install_icons()
-        subjects = training_subjects(source)
-        concepts = load_concepts(len(subjects))
-        if script.concept_fraction < 1:
-            subjects += load_other_subjects(concepts, source)
-        samples: torch.utils.data.Dataset = WorldSamples(build_world(script, subjects, len(concepts), args), size)
-        texts = [subject.label for subject in subjects]
-        candidates = [*texts[: len(concepts)], NOTHING]
-        tokenizer = train_text_tokenizer([*texts, NOTHING, "to the left of", "above", "and"], vocab_size, max_length)
-        drawings = [drawing for subject in subjects for drawing in subject.drawings]
+        data = load_world_data(script, args, source)
     else:
-        folder = CaptionedFolder(script.dataset)
-        samples = FolderSamples(folder, size)
-        tokenizer = train_text_tokenizer(folder.rows[folder.caption_column], vocab_size, max_length)
-        candidates, drawings = [], []
-    teacher = None
-    if script.teacher_size and drawings:
-        features = torch.from_numpy(load_features(drawings, script.teacher_size))  # (drawings, 1280)
-        teacher = torch.nn.functional.normalize(features - features.mean(dim=0), dim=-1)
+        data = load_folder_data(script)
+    tokenizer = train_text_tokenizer(
+        data.texts,
+        vocab_size=script.text_config.get("vocab_size", 2048),
+        max_length=script.text_config.get("max_position_embeddings", 32),
+    )
+    teacher = teacher_features(data.drawings, script.teacher_size)
     objective = ClipObjective(
         build_model(script, tokenizer),
         teacher_width=None if teacher is None else TEACHER_WIDTH,
@@ -283,8 +325,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer = ClipTrainer(
         model=objective,
         args=args,
-        train_dataset=samples,
-        data_collator=ClipCollator(tokenizer, candidates, teacher),
+        train_dataset=data.samples,
+        data_collator=ClipCollator(tokenizer, data.candidates, teacher),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     save(objective.clip, tokenizer, Path(args.output_dir))
