@@ -57,7 +57,7 @@ def assert_grammar(generated, prompt_length):
             assert (row[place - 1] != EOI) or row[place] == NEWLINE
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     names=st.lists(st.sampled_from(sorted(PROMPTS)), min_size=1, max_size=4),
     seed=st.integers(0, 2**31),

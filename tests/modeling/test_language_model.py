@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.modeling.toys import FAMILIES, make_config, make_model, pad, randomize
+from tests.modeling.toys import FAMILIES_AND_KERNELS, make_config, make_model, pad, randomize
 
 ROWS = [[1, 5, 9, 33, 12, 40, 21, 8, 7], [1, 44, 3], [1, 6, 6, 6, 17, 25]]
 
 
-@pytest.fixture(params=[(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")], ids="-".join)
+@pytest.fixture(params=FAMILIES_AND_KERNELS, ids="-".join)
 def twins(request):
     """A Libra model and the bare LLM with the same weights."""
     family, attention = request.param

@@ -7,6 +7,7 @@ from transformers import DynamicCache, StaticCache
 from modeling_libra import LibraForCausalLM
 from tests.modeling.toys import (
     FAMILIES,
+    FAMILIES_AND_KERNELS,
     NEWLINE,
     assert_same,
     make_config,
@@ -21,7 +22,7 @@ from tests.modeling.toys import (
 ATTENTIONS = ["sdpa", "eager"]
 
 
-@pytest.fixture(params=[(family, attention) for family in FAMILIES for attention in ATTENTIONS], ids="-".join)
+@pytest.fixture(params=FAMILIES_AND_KERNELS, ids="-".join)
 def any_model(request) -> LibraForCausalLM:
     family, attention = request.param
     return make_model(make_config(family), attention)

@@ -26,6 +26,8 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
+# Every family on the kernel people run, and a plain Llama on the other.
+FAMILIES_AND_KERNELS = [*((family, "sdpa") for family in FAMILIES), ("llama", "eager")]
 
 
 def make_config(family: str = "llama", text: dict | None = None, **overrides) -> LibraConfig:
