@@ -47,7 +47,7 @@ class LibraImageGrammar(LogitsProcessor):
         self.config = config
         self.wide = wide
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(rows, length)`): all ids so far.
@@ -79,8 +79,10 @@ class LibraImageGrammar(LogitsProcessor):
 class LibraGenerationMixin:
     """The hooks of `GenerationMixin` in which images matter. To be listed before it."""
 
+    config: Any  # [`LibraConfig`], of the model
+
     def _get_logits_processor(self, *args, **kwargs):
-        processors = super()._get_logits_processor(*args, **kwargs)
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
         # First, so that temperature, top-k and top-p act on what can follow; last, because others (no_repeat_ngram_size)
         # may have forbidden a forced EOI or newline.
         grammar = LibraImageGrammar(
@@ -96,7 +98,7 @@ class LibraGenerationMixin:
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} would cut images from their features; leave "
                 "it unset for prompts with image_features."
             )
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
 
     def _assisted_decoding(self, *args, **kwargs):
         raise ValueError(
@@ -110,7 +112,7 @@ class LibraGenerationMixin:
         """Repeats a row's images with the row: `image_features` has images, not rows, on its first dimension."""
         features = model_kwargs.pop("image_features", None)
         images = find_image_blocks(input_ids, self.config).images_per_row
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if features is not None:
@@ -137,7 +139,7 @@ class LibraGenerationMixin:
         Returns:
             `dict`: the arguments of `forward`.
         """
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
         if image_features is None or inputs["input_ids"].shape[1] < self.config.num_patches + 2:
             return inputs  # a step that short sees no whole image
         all_images = find_image_blocks(input_ids, self.config).images_per_row

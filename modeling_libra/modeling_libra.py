@@ -15,6 +15,7 @@ modality is read from its id and from nothing else.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,7 +94,7 @@ class LibraRoutedAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        language_attention: nn.Module,
+        language_attention: Any,
         routing: Routing | None,
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -199,7 +200,7 @@ class LibraRoutedLayer(GradientCheckpointingLayer):
         self.mlp = LibraVisionMLP(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, language_layer: nn.Module, routing: Routing | None, **kwargs
+        self, hidden_states: torch.Tensor, language_layer: Any, routing: Routing | None, **kwargs
     ) -> torch.Tensor:
         """
         Args:
@@ -324,7 +325,7 @@ class LibraModel(LibraPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         image_features: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -369,7 +370,7 @@ class LibraModel(LibraPreTrainedModel):
             )
         position_embeddings = self.language_model.rotary_emb(hidden_states, position_ids)
 
-        layer_types = getattr(self.config.text_config, "layer_types", None)
+        layer_types: Any = getattr(self.config.text_config, "layer_types", None)
         for i, layer in enumerate(self.vision_model.layers):
             hidden_states = layer(
                 hidden_states,
@@ -478,7 +479,7 @@ class LibraForCausalLM(LibraPreTrainedModel, LibraGenerationMixin, GenerationMix
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         image_features: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -515,8 +516,9 @@ class LibraForCausalLM(LibraPreTrainedModel, LibraGenerationMixin, GenerationMix
             use_cache=use_cache,
             **kwargs,
         )
+        assert input_ids is not None  # the base model has refused None
         hidden_states = outputs.last_hidden_state
-        losses = {}
+        losses: dict[str, Any] = {}
         if labels is not None:
             losses = libra_loss(
                 hidden_states, input_ids, labels, attention_mask, self.lm_head, self.predict_codes, self.config,
