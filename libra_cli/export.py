@@ -199,13 +199,19 @@ def export_repo(
     return Path(dst)
 
 
-def export_folder(src: str | os.PathLike, dst: str | os.PathLike, weights_dtype: torch.dtype | None = None) -> Path:
+def export_folder(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    card: str | None = None,
+    weights_dtype: torch.dtype | None = None,
+) -> Path:
     """
     Writes a complete repository for the Hub from a folder with weights and configurations.
 
     Args:
-        src (`str` or `os.PathLike`): what `save_pretrained` of model and processor wrote; its `README.md` is kept.
+        src (`str` or `os.PathLike`): what `save_pretrained` of model and processor wrote.
         dst, weights_dtype: as in [`export_repo`].
+        card (`str`, *optional*): the model card; by default the `README.md` of `src`, or else a minimal one.
 
     Returns:
         `Path`: the folder.
@@ -214,11 +220,11 @@ def export_folder(src: str | os.PathLike, dst: str | os.PathLike, weights_dtype:
         ValueError: as in [`export_repo`], and if `src` is not whole.
     """
     check_destination(dst)
-    card = Path(src) / "README.md"
     model, processor = load_libra(src)
-    return export_repo(
-        model, processor, dst, card.read_text(encoding="utf-8") if card.is_file() else None, weights_dtype
-    )
+    present_card = Path(src) / "README.md"
+    if card is None and present_card.is_file():
+        card = present_card.read_text(encoding="utf-8")
+    return export_repo(model, processor, dst, card, weights_dtype)
 
 
 def _write_auto_maps(folder: Path) -> None:

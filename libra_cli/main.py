@@ -103,7 +103,7 @@ def _add_convert(commands) -> None:
     parser.add_argument("src", metavar="SRC", help="folder with the released files")
     parser.add_argument("dst", metavar="DST", help="folder to write; must not exist, or be empty")
     parser.add_argument("--clip", help="folder or Hub id of CLIP-ViT-L/14-336, where the release lacks its weights")
-    parser.add_argument("--card", type=Path, help="Markdown file to use as the model card")
+    _add_card_argument(parser)
     parser.add_argument(
         "--caption-prompt", help="what the image-to-text pipeline asks a chat model (default: caption without asking)"
     )
@@ -113,8 +113,7 @@ def _add_convert(commands) -> None:
 def _run_convert(args: argparse.Namespace) -> None:
     from .convert import convert_release
 
-    card = args.card.read_text(encoding="utf-8") if args.card else None
-    folder = convert_release(args.src, args.dst, args.clip, card, args.caption_prompt)
+    folder = convert_release(args.src, args.dst, args.clip, _read_card(args), args.caption_prompt)
     print(f"Wrote {folder}")
 
 
@@ -122,6 +121,7 @@ def _add_export(commands) -> None:
     parser = commands.add_parser("export", help="write a repository that loads from the Hub without this package")
     parser.add_argument("src", metavar="DIR", help="folder with model and processor, as save_pretrained writes them")
     parser.add_argument("dst", metavar="DST", help="folder to write; must not exist, or be empty")
+    _add_card_argument(parser)
     parser.add_argument(
         "--weights-dtype",
         choices=("float32", "float16", "bfloat16"),
@@ -136,11 +136,19 @@ def _run_export(args: argparse.Namespace) -> None:
     from .export import export_folder
 
     dtype = getattr(torch, args.weights_dtype) if args.weights_dtype else None
-    print(f"Wrote {export_folder(args.src, args.dst, weights_dtype=dtype)}")
+    print(f"Wrote {export_folder(args.src, args.dst, _read_card(args), dtype)}")
 
 
 def _add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub id (default: $LIBRA_MODEL, or the libra-tiny of this checkout)")
+
+
+def _add_card_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--card", type=Path, help="Markdown file to use as the model card")
+
+
+def _read_card(args: argparse.Namespace) -> str | None:
+    return args.card.read_text(encoding="utf-8") if args.card else None
 
 
 def _positive(text: str) -> int:

@@ -61,6 +61,7 @@ def test_card_is_valid_and_kept(bare, tmp_path):
     assert (made.data.library_name, made.data.pipeline_tag) == ("transformers", "image-text-to-text")
     (bare / "README.md").write_text("# Mine\n")
     assert (export_folder(bare, tmp_path / "second") / "README.md").read_text() == "# Mine\n"
+    assert (export_folder(bare, tmp_path / "third", card="# Other\n") / "README.md").read_text() == "# Other\n"
 
 
 def test_weights_in_half_precision_load_in_full(bare, tmp_path):
