@@ -4,8 +4,8 @@ Both come either from the world of `libra-tiny` (`dataset: world`, drawn on the 
 folder of one's own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,7 @@ from torch.utils.data import Dataset
 
 from .images import CaptionedFolder
 from .world.augment import Augmentation
-from .world.concepts import load_concepts, load_subjects
-from .world.icons import TRAIN_VENDORS, install_icons
+from .world.concepts import Concept, load_concepts, training_subjects
 from .world.questions import scene_questions
 from .world.scenes import Scene, World
 
@@ -81,8 +80,7 @@ def load_worlds(data: DataArguments) -> tuple[World, World]:
     Returns:
         `tuple` of two [`World`].
     """
-    source = Path(data.icons) if data.icons else install_icons()
-    subjects = load_subjects(load_concepts(), TRAIN_VENDORS, source)
+    subjects = training_subjects(data.icons)
     start, end = data.single_fraction
     train = World(
         subjects,
@@ -110,19 +108,22 @@ def load_caption_data(data: DataArguments) -> tuple[Dataset, Dataset | None]:
     return CaptionSamples(CaptionedFolder(data.dataset)), None
 
 
-def to_conversation(scene: Scene, rng: np.random.Generator, max_turns: int = 3) -> dict[str, Any]:
+def to_conversation(
+    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 3
+) -> dict[str, Any]:
     """
     A scene with up to `max_turns` of its questions, as TRL reads conversations.
 
     Args:
         scene ([`Scene`]): the scene.
         rng (`np.random.Generator`): chooses the questions.
+        concepts (`Sequence[Concept]`): the concepts there are; questions name absent ones too.
         max_turns (`int`, *optional*, defaults to 3): most questions.
 
     Returns:
         `dict`: `messages`, alternating user and assistant, and `images`, the one image.
     """
-    questions = scene_questions(scene, rng)
+    questions = scene_questions(scene, rng, concepts)
     chosen = rng.permutation(len(questions))[: rng.integers(1, max_turns + 1)]
     messages = []
     for i in chosen:
@@ -142,8 +143,10 @@ def world_conversations(world: World) -> TableDataset:
         `datasets.Dataset` whose samples have `messages` and `images`.
     """
 
+    concepts = load_concepts(len(world.subjects))
+
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
-        samples = [to_conversation(world[i], np.random.default_rng([world.seed, 7, i])) for i in rows["scene"]]
+        samples = [to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts) for i in rows["scene"]]
         return {key: [sample[key] for sample in samples] for key in samples[0]}
 
     return TableDataset.from_dict({"scene": list(range(len(world)))}).with_transform(draw)

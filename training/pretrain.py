@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from trl import TrlParser
 
 from processing.processing_libra import LibraProcessor
@@ -60,7 +60,7 @@ class PretrainCollator:
     - text to image: BOS, caption, image, "\\n", EOS; codes only are supervised, and the features are dropped.
 
     Args:
-        processor ([`LibraProcessor`]): makes ids; it stops at pixels, which the trainer tokenizes on the device.
+        processor ([`LibraProcessor`]): makes ids. It stops at pixels: the trainer tokenizes them on the device.
         text_to_image_fraction (`float`, *optional*, defaults to 0.0): share of text-to-image samples.
     """
 
@@ -74,8 +74,8 @@ class PretrainCollator:
 
         Returns:
             `dict` with `input_ids`, `attention_mask` and `labels` of shape `(batch, length)`, `pixel_values` of shape
-            `(batch, 3, height, width)`, and `draws` (`torch.BoolTensor` of shape `(batch,)`): text-to-image rows.
-            Codes are not filled in yet, neither in ids nor in labels.
+            `(batch, 3, height, width)`, and `draws` (`torch.BoolTensor` of shape `(batch,)`): text-to-image rows. In
+            place of every code, in ids and labels, is the first one, until the trainer has tokenized the pixels.
 
         Raises:
             ValueError: for an empty caption, naming the sample.
@@ -97,6 +97,9 @@ class PretrainCollator:
             return_tensors="pt",
         )
         batch["draws"] = draws
+        batch["labels"] = pretraining_labels(
+            batch["input_ids"], batch["attention_mask"], draws, self.processor.text_vocab_size
+        )
         return dict(batch)
 
 
@@ -104,7 +107,7 @@ def pretraining_labels(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, draws: torch.Tensor, text_vocab_size: int
 ) -> torch.Tensor:
     """
-    Labels of a pretraining batch whose codes are filled in.
+    Labels of a pretraining batch.
 
     Args:
         input_ids, attention_mask (`torch.Tensor` of shape `(batch, length)`): flat ids and padding.
@@ -159,8 +162,6 @@ class LibraPretrainer(Trainer):
         draws = inputs.pop("draws")
         inputs = dict(self.processing_class.tokenize_images(inputs))
         inputs["image_features"] = inputs["image_features"].masked_fill(draws[:, None, None], 0.0)
-        V = self.model.config.text_vocab_size
-        inputs["labels"] = pretraining_labels(inputs["input_ids"], inputs["attention_mask"], draws, V)
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -185,6 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = TrlParser((PretrainArguments, DataArguments, TrainingArguments))
     stage, data, args = parser.parse_args_and_config(arguments)
     args.remove_unused_columns = False
+    set_seed(args.seed)  # the fresh vision system is part of what a seed must reproduce
     train_data, eval_data = load_caption_data(data)
     model, processor = init_libra(stage.language_model, stage.image_tokenizer)
     trainable, frozen = freeze_language_model(model)
