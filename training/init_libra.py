@@ -64,6 +64,7 @@ def init_libra(
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     vision = LibraImageTokenizer.from_pretrained(image_tokenizer)
     text_model = AutoModelForCausalLM.from_pretrained(language_model)
+    tokenizer.model_max_length = text_model.config.max_position_embeddings  # longer prompts are refused, not cut
     processor = LibraProcessor(
         image_processor=LibraImageProcessor.from_pretrained(image_tokenizer),
         tokenizer=tokenizer,

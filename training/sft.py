@@ -32,9 +32,12 @@ class SFTArguments:
 
     Args:
         model (`str`): folder of a pretrained Libra, with its processor.
+        caption_prompt (`str`, *optional*): what the tuned model is asked for a caption when a user asks nothing; the
+            image-to-text pipeline and `libra caption` read it from the saved processor.
     """
 
     model: str = field(metadata={"help": "Folder of a pretrained Libra, with its processor."})
+    caption_prompt: str | None = field(default=None, metadata={"help": "What the tuned model is asked for a caption."})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.assistant_only_loss = True
     train_data, eval_data = load_conversations(data)
     processor = LibraProcessor.from_pretrained(stage.model)
+    processor.caption_prompt = stage.caption_prompt
     processor.image_tokenizer.to(args.device).eval()
     trainer = SFTTrainer(
         model=LibraForCausalLM.from_pretrained(stage.model),

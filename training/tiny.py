@@ -5,7 +5,8 @@
 
 Each stage is a script of its own (the command that is run is printed), shows its progress and writes to
 `runs/tiny/<stage>`. A stage that is done is not run again, one that was interrupted goes on from its last checkpoint;
-delete a stage's folder to run it anew. The result is exported to `hub_configs/libra-tiny` and measured.
+delete a stage's folder to run it anew. The result is exported to `runs/tiny/libra-tiny` and measured; it is what
+`hub_configs/libra-tiny` holds.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from .world.questions import PROMPT_CAPTION
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "training" / "configs" / "tiny"
@@ -34,21 +37,23 @@ class Stage:
     result: Path
 
 
-def _training(name: str, result: str, *extra: str) -> Stage:
-    command = (f"training.{name}", "--config", str(CONFIGS / f"{name.removeprefix('train_')}.yaml"), *extra)
-    return Stage(name.removeprefix("train_"), command, Path("runs/tiny") / name.removeprefix("train_") / result)
+def _training(name: str, script: str, config: str, done: str) -> Stage:
+    command = (f"training.{script}", "--config", str(CONFIGS / f"{config}.yaml"))
+    return Stage(name, command, Path("runs/tiny") / name / done)
 
 
-TINY = Path("hub_configs/libra-tiny")
 STAGES = (
-    _training("train_clip", "metrics.json", "--resume_from_checkpoint", "auto"),
-    _training("train_image_tokenizer", "metrics.json", "--resume_from_checkpoint", "auto"),
-    _training("train_llm", "metrics.json", "--resume_from_checkpoint", "auto"),
-    _training("pretrain", "model.safetensors"),
-    _training("sft", "model.safetensors"),
+    _training("clip", "train_clip", "clip", "metrics.json"),
+    _training("tokenizer", "train_image_tokenizer", "image_tokenizer", "metrics.json"),
+    _training("llm", "train_llm", "llm", "metrics.json"),
+    _training("pretrain", "pretrain", "pretrain", "model.safetensors"),
+    _training("sft", "sft", "sft", "model.safetensors"),
     Stage(
         "export",
-        ("libra_cli.main", "export", "runs/tiny/sft", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
+        (
+            *("libra_cli.main", "export", "runs/tiny/sft", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
+            *("--caption-prompt", PROMPT_CAPTION),
+        ),
         Path("runs/tiny/libra-tiny/model.safetensors"),
     ),
     Stage(
