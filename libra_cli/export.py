@@ -204,6 +204,7 @@ def export_folder(
     dst: str | os.PathLike,
     card: str | None = None,
     weights_dtype: torch.dtype | None = None,
+    caption_prompt: str | None = None,
 ) -> Path:
     """
     Writes a complete repository for the Hub from a folder with weights and configurations.
@@ -212,6 +213,8 @@ def export_folder(
         src (`str` or `os.PathLike`): what `save_pretrained` of model and processor wrote.
         dst, weights_dtype: as in [`export_repo`].
         card (`str`, *optional*): the model card; by default the `README.md` of `src`, or else a minimal one.
+        caption_prompt (`str`, *optional*, defaults to the processor's):
+            What the image-to-text pipeline asks a chat model for a caption.
 
     Returns:
         `Path`: the folder.
@@ -221,6 +224,8 @@ def export_folder(
     """
     check_destination(dst)
     model, processor = load_libra(src)
+    if caption_prompt is not None:
+        processor.caption_prompt = caption_prompt
     present_card = Path(src) / "README.md"
     if card is None and present_card.is_file():
         card = present_card.read_text(encoding="utf-8")

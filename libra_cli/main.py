@@ -103,10 +103,7 @@ def _add_convert(commands) -> None:
     parser.add_argument("src", metavar="SRC", help="folder with the released files")
     parser.add_argument("dst", metavar="DST", help="folder to write; must not exist, or be empty")
     parser.add_argument("--clip", help="folder or Hub id of CLIP-ViT-L/14-336, where the release lacks its weights")
-    _add_card_argument(parser)
-    parser.add_argument(
-        "--caption-prompt", help="what the image-to-text pipeline asks a chat model (default: caption without asking)"
-    )
+    _add_repository_arguments(parser)
     parser.set_defaults(run=_run_convert)
 
 
@@ -121,7 +118,7 @@ def _add_export(commands) -> None:
     parser = commands.add_parser("export", help="write a repository that loads from the Hub without this package")
     parser.add_argument("src", metavar="DIR", help="folder with model and processor, as save_pretrained writes them")
     parser.add_argument("dst", metavar="DST", help="folder to write; must not exist, or be empty")
-    _add_card_argument(parser)
+    _add_repository_arguments(parser)
     parser.add_argument(
         "--weights-dtype",
         choices=("float32", "float16", "bfloat16"),
@@ -136,15 +133,16 @@ def _run_export(args: argparse.Namespace) -> None:
     from .export import export_folder
 
     dtype = getattr(torch, args.weights_dtype) if args.weights_dtype else None
-    print(f"Wrote {export_folder(args.src, args.dst, _read_card(args), dtype)}")
+    print(f"Wrote {export_folder(args.src, args.dst, _read_card(args), dtype, args.caption_prompt)}")
 
 
 def _add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub id (default: $LIBRA_MODEL, or the libra-tiny of this checkout)")
 
 
-def _add_card_argument(parser: argparse.ArgumentParser) -> None:
+def _add_repository_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--card", type=Path, help="Markdown file to use as the model card")
+    parser.add_argument("--caption-prompt", help="what the image-to-text pipeline asks a chat model for a caption")
 
 
 def _read_card(args: argparse.Namespace) -> str | None:

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,10 +58,8 @@ def test_prompt_asks_a_question(repo, images, golden, capsys):
 
 def test_caption_prompt_of_the_repository(repo, images, capsys, tmp_path):
     asked = tmp_path / "asked"
-    shutil.copytree(repo, asked)
-    settings = json.loads((asked / "processor_config.json").read_text())
-    settings["caption_prompt"] = "What is in this image?"
-    (asked / "processor_config.json").write_text(json.dumps(settings))
+    assert main(["export", str(repo), str(asked), "--caption-prompt", "What is in this image?"]) == 0
+    capsys.readouterr()
     texts = []
     for folder, prompt in ((asked, []), (repo, ["--prompt", "What is in this image?"]), (repo, [])):
         assert main(["caption", images[0], "--model", str(folder), "--max-new-tokens", "6", *prompt]) == 0
