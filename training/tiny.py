@@ -15,8 +15,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .world.questions import PROMPT_CAPTION
-
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "training" / "configs" / "tiny"
 
@@ -50,10 +48,7 @@ STAGES = (
     _training("sft", "sft", "sft", "model.safetensors"),
     Stage(
         "export",
-        (
-            *("libra_cli.main", "export", "runs/tiny/sft", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
-            *("--caption-prompt", PROMPT_CAPTION),
-        ),
+        ("libra_cli.main", "export", "runs/tiny/sft", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
         Path("runs/tiny/libra-tiny/model.safetensors"),
     ),
     Stage(
