@@ -7,17 +7,21 @@ resize, crop, rescale and normalization.
 import base64
 import binascii
 import os
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
-import httpx
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+
+DOWNLOAD_TIMEOUT = 60
+"""Seconds without an answer after which a download fails."""
 
 MULTI_PICTURE_PHOTO = "MPO"
 """Photos of many phones: JPEGs that carry auxiliary pictures after the photo itself. Not an animation."""
@@ -79,9 +83,12 @@ def _open_image(source: str | os.PathLike, name: str) -> tuple[Image.Image, str]
 
 
 def _download(url: str) -> bytes:
+    # The standard library's client: which one is installed beside transformers differs between its versions.
+    request = Request(url, headers={"User-Agent": "libra"})  # some sites refuse Python's own name
     try:
-        return httpx.get(url, follow_redirects=True).raise_for_status().content
-    except httpx.HTTPError as error:
+        with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            return response.read()
+    except (OSError, HTTPException, ValueError) as error:
         raise ValueError(f"{url}: the image cannot be downloaded ({error}).") from error
 
 
