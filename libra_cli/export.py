@@ -50,6 +50,9 @@ CUSTOM_PIPELINES = {
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 
+SHARD_SIZE = "5GB"
+"""Largest weights file; what the Hub recommends."""
+
 
 def remote_code_files() -> list[Path]:
     """
@@ -162,7 +165,7 @@ def save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
         raise ValueError(
             f"These weights hold numbers too large for {dtype}, or none at all: {', '.join(sorted(lost))}."
         )
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
 
 
 def export_repo(
@@ -191,7 +194,7 @@ def export_repo(
     """
     with new_folder(dst) as folder:
         if weights_dtype is None:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         else:
             save_weights(model, folder, weights_dtype)
         card = card or model_card(Path(dst).name)

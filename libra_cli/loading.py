@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from modeling_libra import LibraForCausalLM
@@ -66,6 +67,24 @@ def load_libra(path: str | os.PathLike, **kwargs: Any) -> tuple[LibraForCausalLM
         details = "; ".join(f"{kind.replace('_', ' ')}: {_some(keys)}" for kind, keys in problems.items())
         raise ValueError(f"The weights in {path} are not those of its config.json ({details}).")
     return model.eval(), LibraProcessor.from_pretrained(path)
+
+
+def to_accelerator(model: LibraForCausalLM, processor: LibraProcessor) -> tuple[LibraForCausalLM, LibraProcessor]:
+    """
+    Moves a model and the image tokenizer of its processor to the GPU, or whatever accelerator torch finds.
+
+    Args:
+        model ([`LibraForCausalLM`]): moved in place; stays on the CPU if there is no accelerator.
+        processor ([`LibraProcessor`]): likewise.
+
+    Returns:
+        `tuple` of both.
+    """
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        model.to(device)
+        processor.image_tokenizer.to(device)
+    return model, processor
 
 
 def load_generation_config(folder: str | os.PathLike) -> GenerationConfig | None:

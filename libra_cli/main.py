@@ -86,9 +86,10 @@ def _add_chat(commands) -> None:
 def _run_chat(args: argparse.Namespace) -> None:
     _quiet_transformers()
     from .chat import HELP, ChatSession, run_chat, typed_lines
-    from .loading import default_model, load_libra
+    from .loading import default_model, load_libra, to_accelerator
 
-    session = ChatSession(*load_libra(args.model or default_model()), max_new_tokens=args.max_new_tokens)
+    model, processor = to_accelerator(*load_libra(args.model or default_model()))
+    session = ChatSession(model, processor, max_new_tokens=args.max_new_tokens)
     for image in args.image:
         session.add_image(image)
     if sys.stdin.isatty():

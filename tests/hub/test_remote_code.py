@@ -26,7 +26,7 @@ PLACES = ("local", "hub", "saved")
 
 def run_fresh(repo: str, output: Path, golden: Path, hf_home: Path, save: Path | None = None) -> SimpleNamespace:
     images = [str(golden / "official_checkpoint" / f"image_{i}.png") for i in range(2)]
-    command = [sys.executable, "-P", str(SCRIPT), repo, str(output), "--images", *images]
+    command = [sys.executable, str(SCRIPT), repo, str(output), "--images", *images]
     environment = {**os.environ, "HF_HOME": str(hf_home), "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_MODULES_CACHE", None)
     result = subprocess.run(
