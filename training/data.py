@@ -109,7 +109,7 @@ def load_caption_data(data: DataArguments) -> tuple[Dataset, Dataset | None]:
 
 
 def to_conversation(
-    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 3
+    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 4
 ) -> dict[str, Any]:
     """
     A scene with up to `max_turns` of its questions, as TRL reads conversations.
@@ -118,7 +118,7 @@ def to_conversation(
         scene ([`Scene`]): the scene.
         rng (`np.random.Generator`): chooses the questions.
         concepts (`Sequence[Concept]`): the concepts there are; questions name absent ones too.
-        max_turns (`int`, *optional*, defaults to 3): most questions.
+        max_turns (`int`, *optional*, defaults to 4): most questions.
 
     Returns:
         `dict`: `messages`, alternating user and assistant, and `images`, the one image.
