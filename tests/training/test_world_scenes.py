@@ -9,7 +9,7 @@ from PIL import Image
 
 from training.world.augment import Augmentation
 from training.world.concepts import Subject, load_concepts, training_subjects
-from training.world.corpus import END, KINDS_OF_THINGS, SYSTEM_MESSAGE, TextWorld, chat, prompts_with_answers
+from training.world.corpus import END, KINDS_OF_THINGS, SYSTEM_MESSAGE, TextWorld, chat, notes, prompts_with_answers
 from training.world.questions import PROMPT_CHOICE, PROMPT_SHORT, PROMPT_SHORT_ZH, Question, scene_questions
 from training.world.scenes import CELLS, Layout, SceneObject, World, describe, evaluation_images
 
@@ -191,8 +191,10 @@ def test_text_is_repeatable_and_complete():
     assert all(document.endswith(END) for document in documents)
     chats = [document for document in documents if document.startswith(SYSTEM_MESSAGE)]
     captions = [document for document in documents if document.startswith("\n")]
-    assert len(chats) > 200
-    assert len(captions) > 60
+    read = [document for document in documents if document.startswith("image: ")]
+    assert len(chats) > 80
+    assert len(captions) > 40
+    assert len(read) > 160
     assert {concept.subgroup for concept in load_concepts()} <= set(KINDS_OF_THINGS)
     with pytest.raises(IndexError, match="document 400"):
         corpus[400]
@@ -205,6 +207,15 @@ def test_chat_follows_the_template_of_the_release():
     assert chat(turns, "image: horse") == (
         f"{SYSTEM_MESSAGE} USER: image: horse\nWhat? ASSISTANT: horse </s>USER: How many? ASSISTANT: 1 </s>"
     )
+
+
+def test_notes_leave_the_prompts_out():
+    turns = _questions(_layout((0, None)))
+    text = notes([turns["label"][0], turns["caption"][0], turns["exists_zh"][0]], "image: horse")
+    first, *lines = text.removesuffix(END).split("\n")
+    assert [first, *lines[:3]] == ["image: horse", "What is in the image?", "horse", "horse"]
+    assert lines[3].startswith("图中有")
+    assert lines[4] in ("有", "没有")
 
 
 def test_prompts_end_before_the_answer():

@@ -1,8 +1,10 @@
 """The text the world's language model is pretrained on: it knows the words and the formats, but no pictures.
 
-A document is one of: a caption, as it follows an image; a fact ("a horse is an animal."); a chat in the template of the
-release, in which a line of text stands where an image would; a chat without anything to look at. A question's answer
-can be read off the line of text, so the model learns what the questions mean.
+A document is one of: a caption, as it follows an image; a fact ("a horse is an animal."); notes, a line of text that
+says what is where, with short questions and answers about it; a chat in the template of the release, in which such a
+line stands where an image would; a chat without anything to look at. Most answers can be read off the line, so the
+model learns what the questions mean. Notes are the same without the template: in chats, too few tokens depend on what
+was said before for a small model to learn to look there.
 """
 
 from collections.abc import Sequence
@@ -97,15 +99,18 @@ class TextWorld:
         rng = np.random.default_rng([self.seed, 100 + SPLITS[self.split], index])
         concepts = load_concepts()
         kind = rng.random()
-        if kind < 0.25:
-            return f"\n{_layout(rng, concepts).caption}{END}"
-        if kind < 0.35:
+        if kind < 0.05:
             return f"{_fact(rng, concepts)}{END}"
         layout = _layout(rng, concepts)
-        shown = _describe_places(layout, rng, concepts) if kind < 0.8 else None
+        if kind < 0.2:
+            return f"\n{layout.caption}{END}"
+        shown = _describe_places(layout, rng, concepts)
         questions = scene_questions(layout, rng, concepts)
         order = rng.permutation(len(questions))[: rng.integers(1, 5)]
-        return chat([questions[i] for i in order], shown)
+        turns = [questions[i] for i in order]
+        if kind < 0.7:
+            return notes(turns, shown)
+        return chat(turns, shown if kind < 0.97 else None)
 
 
 def chat(turns: Sequence[Question], shown: str | None = None) -> str:
@@ -121,6 +126,21 @@ def chat(turns: Sequence[Question], shown: str | None = None) -> str:
         context = f"{shown}\n" if shown and position == 0 else ""
         text += f"{' ' if position == 0 else ''}USER: {context}{turn.question} ASSISTANT: {turn.answer} {END}"
     return text
+
+
+def notes(turns: Sequence[Question], shown: str) -> str:
+    """
+    A line that says what is where, its caption, and questions about it without their prompts.
+
+    Args:
+        turns (`Sequence[Question]`): Questions with their answers.
+        shown (`str`): What is where.
+    """
+    lines = [shown]
+    for turn in turns:
+        *asked, _prompt = turn.question.split("\n")
+        lines.append("\n".join([*asked, turn.answer]))
+    return "\n".join(lines) + END
 
 
 def prompts_with_answers(split: str, count: int, seed: int = 0) -> list[tuple[str, Question]]:
