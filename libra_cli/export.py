@@ -50,6 +50,13 @@ CUSTOM_PIPELINES = {
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 
+CONFIGURATIONS = (
+    "config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    f"{IMAGE_TOKENIZER_FOLDER}/config.json",
+)
+
 SHARD_SIZE = "5GB"
 """Largest weights file; what the Hub recommends."""
 
@@ -136,10 +143,30 @@ def write_repo_files(
     processor.save_pretrained(folder)
     if weights_dtype is not None:
         save_weights(processor.image_tokenizer, folder / IMAGE_TOKENIZER_FOLDER, weights_dtype)
+    write_code(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_code(folder: str | os.PathLike) -> None:
+    """
+    Puts the code, as it is installed, into a repository, and names its classes in the configurations.
+
+    Args:
+        folder (`str` or `os.PathLike`): has the configurations of model, processor, tokenizer and image tokenizer. Code
+            that is there already is replaced.
+
+    Raises:
+        ValueError: if one of the configurations is missing.
+    """
+    folder = Path(folder)
+    absent = [name for name in CONFIGURATIONS if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(f"{folder} is not a whole Libra repository: it has no {', '.join(absent)}.")
     _write_auto_maps(folder)
+    for file in folder.glob("*.py"):
+        file.unlink()
     for file in remote_code_files():
         shutil.copyfile(file, folder / file.name)
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -137,6 +137,19 @@ def _run_export(args: argparse.Namespace) -> None:
     print(f"Wrote {export_folder(args.src, args.dst, _read_card(args), dtype, args.caption_prompt)}")
 
 
+def _add_update_code(commands) -> None:
+    parser = commands.add_parser("update-code", help="bring the code of an exported repository up to date, in place")
+    parser.add_argument("folder", metavar="DIR", help="the repository; weights and settings stay as they are")
+    parser.set_defaults(run=_run_update_code)
+
+
+def _run_update_code(args: argparse.Namespace) -> None:
+    from .export import write_code
+
+    write_code(args.folder)
+    print(f"Updated {args.folder}")
+
+
 def _add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub id (default: $LIBRA_MODEL, or the libra-tiny of this checkout)")
 
@@ -166,7 +179,7 @@ def _quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-VERBS = (_add_caption, _add_chat, _add_convert, _add_export)
+VERBS = (_add_caption, _add_chat, _add_convert, _add_export, _add_update_code)
 
 if __name__ == "__main__":
     sys.exit(main())

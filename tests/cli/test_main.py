@@ -94,6 +94,9 @@ def test_convert_and_export(golden, tmp_path, capsys):
     assert main(["export", str(tmp_path / "a"), str(tmp_path / "b"), "--weights-dtype", "float16"]) == 0
     assert capsys.readouterr().out == f"Wrote {tmp_path / 'a'}\nWrote {tmp_path / 'b'}\n"
     assert (tmp_path / "b" / "README.md").read_text() == "# Mine\n"
+    (tmp_path / "b" / "pipeline_libra.py").unlink()
+    assert main(["update-code", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "b" / "pipeline_libra.py").is_file()
 
 
 def test_unreadable_images(repo, fails, tmp_path):

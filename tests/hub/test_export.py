@@ -8,7 +8,15 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from libra_cli.export import AUTO_MAP, CUSTOM_PIPELINES, export_folder, export_repo, new_folder, remote_code_files
+from libra_cli.export import (
+    AUTO_MAP,
+    CUSTOM_PIPELINES,
+    export_folder,
+    export_repo,
+    new_folder,
+    remote_code_files,
+    write_code,
+)
 from libra_cli.loading import load_libra
 from tests.modeling.toys import make_config, make_model
 
@@ -99,6 +107,18 @@ def test_exporting_an_export_changes_nothing(repo, tmp_path):
     assert len(texts) > len(remote_code_files())
     for path in texts:
         assert (folder / path).read_text() == (repo / path).read_text(), path
+
+
+def test_code_is_brought_up_to_date(repo, tmp_path):
+    folder = export_folder(repo, tmp_path / "repo")
+    (folder / "modeling_libra.py").write_text("old")
+    (folder / "no_longer_needed.py").write_text("old")
+    write_code(folder)
+    assert {path.name for path in folder.glob("*.py")} == {path.name for path in remote_code_files()}
+    assert (folder / "modeling_libra.py").read_text() == (repo / "modeling_libra.py").read_text()
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"no processor_config\.json"):
+        write_code(folder)
 
 
 def test_missing_weights_are_not_made_up(bare, tmp_path):
