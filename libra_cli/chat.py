@@ -150,4 +150,5 @@ def typed_lines(prompt: str = "> ") -> Iterator[str]:
         try:
             yield input(prompt)
         except EOFError:
+            print()  # the terminal goes on in a new line
             return
