@@ -4,6 +4,7 @@ A Hub repository of Libra names this class under `custom_pipelines` in its `conf
 `pipeline("image-to-text", model=..., trust_remote_code=True)` finds it.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -138,6 +139,17 @@ class LibraImageToTextPipeline(Pipeline):
         """
         texts = self.processor.batch_decode(model_outputs["generated_ids"].flatten(0, 1), skip_special_tokens=True)
         return [{"generated_text": text.strip()} for text in texts]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Saves model and processor. The base class would save parts of the processor, from which it cannot be loaded.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): where to.
+            kwargs: passed to the model's `save_pretrained`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
 
 
 __all__ = ["LibraImageToTextPipeline"]
