@@ -42,6 +42,8 @@ class ImageTokenizerArguments:
         dataset (`str`, *optional*, defaults to `"world"`): `"world"`, or a folder of images with captions.
         icons (`str`, *optional*): Folder with iconify JSON files; by default they are installed with npm.
         tokenizer_config (`dict`, *optional*): Settings of `LibraImageTokenizerConfig`.
+        codes_of (`str`, *optional*): Folder of a trained image tokenizer with the same CLIP whose codes are kept: only a
+            new decoder is trained, and models that were trained on these codes stay valid.
         other_emoji (`bool`, *optional*, defaults to `True`): Whether scenes show further emoji beside the concepts.
         augmentation (`dict`, *optional*): Settings of [`~training.world.augment.Augmentation`].
         train_samples (`int`, *optional*, defaults to 100000): Scenes of the world in an epoch.
@@ -56,6 +58,7 @@ class ImageTokenizerArguments:
     dataset: str = field(default="world", metadata={"help": "'world', or a folder of images with captions."})
     icons: str | None = field(default=None, metadata={"help": "Folder with iconify JSON files (default: npm)."})
     tokenizer_config: dict = field(default_factory=dict, metadata={"help": "Settings of LibraImageTokenizerConfig."})
+    codes_of: str | None = field(default=None, metadata={"help": "Image tokenizer whose codes are kept."})
     other_emoji: bool = field(default=True, metadata={"help": "Whether scenes show further emoji."})
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
     train_samples: int = field(default=100_000, metadata={"help": "Scenes of the world in an epoch."})
@@ -216,6 +219,24 @@ def early_features(model: LibraImageTokenizer, pixels: Tensor, layer: int) -> Te
     return F.layer_norm(hidden[:, 1:], hidden.shape[-1:])
 
 
+def keep_codes(model: LibraImageTokenizer, folder: str) -> None:
+    """
+    Takes over the encoder and the quantizer of a trained image tokenizer and freezes them.
+
+    Args:
+        model ([`LibraImageTokenizer`]): Changed in place; its decoder stays as it is.
+        folder (`str`): The trained image tokenizer.
+
+    Raises:
+        RuntimeError: If its sizes before the decoder are others.
+    """
+    trained = LibraImageTokenizer.from_pretrained(folder)
+    for name in ("clip", "pre_quant", "quantizer"):
+        part = getattr(model, name)
+        part.load_state_dict(getattr(trained, name).state_dict())
+        part.requires_grad_(False)
+
+
 def load_images(script: ImageTokenizerArguments, image_size: int) -> tuple[Dataset, Dataset | None]:
     """
     Training and evaluation images; a folder of one's own has no evaluation part.
@@ -254,6 +275,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     args.remove_unused_columns = False
     set_seed(args.seed)
     model = LibraImageTokenizer.from_clip(script.clip, **script.tokenizer_config)
+    if script.codes_of:
+        keep_codes(model, script.codes_of)
     size = model.config.vision_config.image_size
     train, validation = load_images(script, size)
     print(f"Decoder: {sum(p.numel() for p in model.decoder.parameters()):,} parameters", flush=True)
