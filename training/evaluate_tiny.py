@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 from transformers import pipeline
 
+from .card import write_card
 from .world.concepts import load_concepts, load_subjects
 from .world.icons import TRAIN_VENDORS, UNSEEN_VENDOR, install_icons
 from .world.scenes import World, evaluation_images
@@ -63,12 +64,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="hub_configs/libra-tiny", help="folder or Hub repo")
     parser.add_argument("--icons", help="folder with iconify JSON files (default: installed with npm)")
     parser.add_argument("--output", help="JSON file to write the numbers to")
+    parser.add_argument("--write-card", action="store_true", help="write the numbers into the model's card")
     options = parser.parse_args(arguments)
     results = evaluate_singles(options.model, Path(options.icons) if options.icons else install_icons())
     for name, value in results.items():
         print(f"{name:>14}: {value:.0%} of {len(load_concepts())} single objects named right")
     if options.output:
         Path(options.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if options.write_card:
+        write_card(options.model, results)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,10 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        ("training.evaluate_tiny", "--model", "runs/tiny/libra-tiny", "--output", "runs/tiny/evaluation.json"),
+        (
+            *("training.evaluate_tiny", "--model", "runs/tiny/libra-tiny", "--write-card"),
+            *("--output", "runs/tiny/evaluation.json"),
+        ),
         Path("runs/tiny/evaluation.json"),
     ),
 )
