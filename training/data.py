@@ -109,26 +109,30 @@ def load_caption_data(data: DataArguments) -> tuple[Dataset, Dataset | None]:
 
 
 def to_conversation(
-    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 4
+    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 2
 ) -> dict[str, Any]:
     """
-    A scene with up to `max_turns` of its questions, as TRL reads conversations.
+    A scene with some of its questions, as TRL reads conversations. The first question asks what is there: naming is
+    what all other answers build on, and the slowest to learn.
 
     Args:
         scene ([`Scene`]): the scene.
         rng (`np.random.Generator`): chooses the questions.
         concepts (`Sequence[Concept]`): the concepts there are; questions name absent ones too.
-        max_turns (`int`, *optional*, defaults to 4): most questions.
+        max_turns (`int`, *optional*, defaults to 2): most questions.
 
     Returns:
         `dict`: `messages`, alternating user and assistant, and `images`, the one image.
     """
     questions = scene_questions(scene, rng, concepts)
-    chosen = rng.permutation(len(questions))[: rng.integers(1, max_turns + 1)]
+    naming = [question for question in questions if question.kind in ("caption", "label")]
+    first = naming[rng.integers(len(naming))]
+    others = [question for question in questions if question is not first]
+    rest = rng.permutation(len(others))[: rng.integers(max_turns)]
     messages = []
-    for i in chosen:
-        messages.append({"role": "user", "content": questions[i].question})
-        messages.append({"role": "assistant", "content": questions[i].answer})
+    for question in [first, *(others[i] for i in rest)]:
+        messages.append({"role": "user", "content": question.question})
+        messages.append({"role": "assistant", "content": question.answer})
     return {"messages": messages, "images": [scene.image]}
 
 
