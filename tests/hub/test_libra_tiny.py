@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from libra_cli.export import remote_code_files
+from libra_cli.main import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "hub_configs" / "libra-tiny"
@@ -43,6 +44,15 @@ def test_names_single_objects(captioner, drawings, least):
     right = sum(answer == sample["label"] for answer, sample in zip(answers, samples)) / len(samples)
     print(f"{drawings}: {right:.0%} of {len(samples)} named right; chance {1 / len({s['label'] for s in samples}):.0%}")
     assert right >= least
+
+
+def test_first_command_of_the_readme(capsys, monkeypatch):
+    monkeypatch.delenv("LIBRA_MODEL", raising=False)
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["caption", "samples/horse.png"]) == 0
+    printed = capsys.readouterr().out
+    assert printed in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert printed == "samples/horse.png: horse\n"
 
 
 def test_draws_an_image():
