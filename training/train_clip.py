@@ -2,7 +2,7 @@
 Stage 0: a small CLIP, trained contrastively. (At full size OpenAI's CLIP-ViT-L/14-336 is used instead.)
 
     python -m training.train_clip --config training/configs/tiny/clip.yaml
-    python -m training.train_clip --config training/configs/tiny/clip.yaml --max_steps 10 --output_dir /tmp/clip
+    python -m training.train_clip --config training/configs/tiny/clip.yaml --max_steps 10 --output_dir runs/try
     python -m training.train_clip --config my.yaml --dataset path/to/imagefolder
 
 A run goes on from the last checkpoint in `output_dir` by itself. Written there: the whole CLIPModel with the tokenizer

@@ -2,7 +2,7 @@
 Stage 0: a small Llama with its tokenizer, trained on the world's text. (At full size a released LLM is used instead.)
 
     python -m training.train_llm --config training/configs/tiny/llm.yaml
-    python -m training.train_llm --config training/configs/tiny/llm.yaml --max_steps 10 --output_dir /tmp/llm
+    python -m training.train_llm --config training/configs/tiny/llm.yaml --max_steps 10 --output_dir runs/try
     python -m training.train_llm --config my.yaml --dataset documents.txt
 
 A run goes on from the last checkpoint in `output_dir` by itself. Written there: a plain Llama repo (weights, config,
