@@ -1,0 +1,158 @@
+"""What Libra adds to `generate()`: images among the ids, and the grammar of an image.
+
+One `generate()` writes text and images. After a vision token the scores are over the flat ids, and the joint
+distribution over the codes is the product of the heads, so temperature, top-k and top-p mean what they say.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import LogitsProcessor, SequenceBiasLogitsProcessor
+
+from .image_blocks_libra import find_image_blocks
+
+
+def joint_code_logits(vision_logits: torch.Tensor, config) -> torch.Tensor:
+    """
+    Log-probabilities of the heads, summed to scores over the vision ids.
+
+    Args:
+        vision_logits (`torch.Tensor` of shape `(rows, num_codebooks, codebook_size + 2)`): of the heads.
+        config ([`LibraConfig`]): names the codebooks.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, codebook_size ** num_codebooks + 2)`: code `id1 * codebook_size + id2` has
+        `log p1(id1) + log p2(id2)`; the last two are BOI and EOI.
+    """
+    log_probs = vision_logits.log_softmax(dim=-1)
+    codes, markers = log_probs.split([config.codebook_size, 2], dim=-1)
+    joint = codes[:, 0]
+    for k in range(1, config.num_codebooks):
+        joint = (joint[:, :, None] + codes[:, k, None, :]).flatten(1)
+    return torch.cat([joint, markers.sum(dim=1)], dim=-1)
+
+
+class LibraImageGrammar(LogitsProcessor):
+    """
+    Keeps generated images whole: only codes inside an image, EOI exactly at its end, the newline after it.
+
+    Args:
+        config ([`LibraConfig`]): names the ids and the number of patches.
+        wide (`bool`, *optional*, defaults to `False`):
+            Whether scores of text are widened to the flat ids, for processors that need one width at all steps.
+    """
+
+    def __init__(self, config, wide: bool = False):
+        self.config = config
+        self.wide = wide
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(rows, length)`): all ids so far.
+            scores (`torch.FloatTensor` of shape `(rows, V)` or `(rows, V + codes + 2)`): of the next id.
+
+        Returns:
+            `torch.FloatTensor`: the scores, `-inf` for ids that cannot follow.
+        """
+        config = self.config
+        last = input_ids[:, -1]
+        if scores.shape[-1] == config.text_vocab_size:  # every row is in text
+            vision_ids = config.total_vocab_size - config.text_vocab_size
+            return F.pad(scores, (0, vision_ids), value=float("-inf")) if self.wide else scores
+        since_boi = find_image_blocks(input_ids, config).offsets[:, -1]
+        wants_code = (since_boi >= 0) & (since_boi < config.num_patches)
+        ids = torch.arange(scores.shape[-1], device=scores.device)
+        is_code = (ids >= config.text_vocab_size) & (ids < config.boi_token_id)
+        scores = scores.masked_fill(wants_code[:, None] & ~is_code, float("-inf"))
+        scores = self._force(scores, since_boi == config.num_patches, config.eoi_token_id)
+        return self._force(scores, last == config.eoi_token_id, config.newline_token_id)
+
+    @staticmethod
+    def _force(scores, rows, token_id):
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, token_id] = 0
+        return torch.where(rows[:, None], forced, scores)
+
+
+class LibraGenerationMixin:
+    """The hooks of `GenerationMixin` in which images matter. To be listed before it."""
+
+    config: Any  # [`LibraConfig`], of the model
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        # First, so that temperature, top-k and top-p act on what can follow; last, because others (no_repeat_ngram_size)
+        # may have forbidden a forced EOI or newline.
+        grammar = LibraImageGrammar(
+            self.config, wide=any(isinstance(p, SequenceBiasLogitsProcessor) for p in processors)
+        )
+        processors.insert(0, grammar)
+        processors.append(grammar)
+        return processors
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("image_features") is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} would cut images from their features; leave "
+                "it unset for prompts with image_features."
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
+
+    def _assisted_decoding(self, *args, **kwargs):
+        raise ValueError(
+            "Libra has no assisted generation (assistant_model, prompt_lookup_num_tokens): a draft of several tokens may "
+            "cross between text and image, whose scores differ in width. Generate without it."
+        )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs: Any
+    ):
+        """Repeats a row's images with the row: `image_features` has images, not rows, on its first dimension."""
+        features = model_kwargs.pop("image_features", None)
+        images = find_image_blocks(input_ids, self.config).images_per_row
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if features is not None:
+            if images.sum() != len(features):
+                raise ValueError(
+                    f"image_features holds {len(features)} images, but input_ids holds {images.tolist()} whole image "
+                    "blocks in its rows. Pass one entry per image, in reading order over the batch, or none at all."
+                )
+            per_row = features.split(images.tolist())
+            model_kwargs["image_features"] = torch.cat([row for row in per_row for _ in range(expand_size)])
+            model_kwargs["prompt_images"] = images.repeat_interleave(expand_size)
+        return input_ids, model_kwargs
+
+    def prepare_inputs_for_generation(self, input_ids, image_features=None, prompt_images=None, **kwargs):
+        """
+        Adds to the usual inputs of a step the features of the images the step sees.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): all ids so far.
+            image_features (`torch.Tensor` of shape `(images, patches, feature_size)`, *optional*): of the prompt.
+            prompt_images (`torch.LongTensor` of shape `(batch,)`, *optional*): how many of them each row has.
+            kwargs: as in `GenerationMixin`.
+
+        Returns:
+            `dict`: the arguments of `forward`.
+        """
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        if image_features is None or inputs["input_ids"].shape[1] < self.config.num_patches + 2:
+            return inputs  # a step that short sees no whole image
+        all_images = find_image_blocks(input_ids, self.config).images_per_row
+        seen_images = find_image_blocks(inputs["input_ids"], self.config).images_per_row
+        if seen_images.sum() == 0:
+            return inputs
+        if prompt_images is None:
+            prompt_images = all_images
+        rows = []
+        for row, prompt, total, seen in zip(
+            image_features.split(prompt_images.tolist()), prompt_images, all_images, seen_images
+        ):
+            generated = row.new_zeros(int(total - prompt), *row.shape[1:])  # images written here have no features
+            rows.append(torch.cat([row, generated])[int(total - seen) :])
+        inputs["image_features"] = torch.cat(rows)
+        return inputs

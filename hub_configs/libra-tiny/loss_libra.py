@@ -1,0 +1,99 @@
+"""The unified next-token loss over both modalities (Section 3.4)."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from .image_blocks_libra import codebook_entries
+
+
+def libra_loss(
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    predict_text: Callable,
+    predict_codes: Callable,
+    config,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    Next-token cross entropy: on a text target of the language head, on a vision target the mean of the codebooks'
+    terms; averaged over all supervised tokens of both modalities together. The heads run on supervised rows only.
+
+    Never supervised, whatever their labels: BOI, the newline after an image (EOI predicts nothing), padding, and the
+    token after left padding (BOS).
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): normed, as the heads read them.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): flat ids.
+        labels (`torch.LongTensor` of shape `(batch, length)`): flat ids, or -100 where nothing is supervised.
+        attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 on padding.
+        predict_text (`Callable`): from `(rows, hidden)` to `(rows, V)`.
+        predict_codes (`Callable`): from `(rows, hidden)` to `(rows, num_codebooks, codebook_size + 2)`.
+        config ([`LibraConfig`]): names V, BOI and EOI.
+        num_items_in_batch (`int`, *optional*): divides the sum instead of the number of supervised tokens.
+
+    Returns:
+        `dict` with `loss`, `text_loss` and `vision_loss`, scalars in float32; the latter two are means over the targets
+        of their modality, 0 where there is none.
+
+    Raises:
+        ValueError: for labels of the wrong shape or range, labels that supervise nothing, and labels that no head can
+            predict (text inside an image, a code in the text), naming the row.
+    """
+    target = _supervised_targets(input_ids, labels, attention_mask, config)
+    hidden_states = hidden_states[:, :-1].flatten(0, 1)
+    supervised = target >= 0
+    is_vision = target >= config.text_vocab_size
+    text_rows = (supervised & ~is_vision).flatten().nonzero().squeeze(1)
+    vision_rows = (supervised & is_vision).flatten().nonzero().squeeze(1)
+
+    text_logits = predict_text(hidden_states.index_select(0, text_rows)).float()  # (text targets, V)
+    text_sum = F.cross_entropy(text_logits, target.flatten()[text_rows], reduction="sum")
+    code_logits = predict_codes(hidden_states.index_select(0, vision_rows)).float()  # (vision targets, codebooks, size)
+    entries = codebook_entries(target.flatten()[vision_rows], config)  # (vision targets, codebooks)
+    vision_sum = F.cross_entropy(code_logits.flatten(0, 1), entries.flatten(), reduction="sum") / config.num_codebooks
+
+    count = len(text_rows) + len(vision_rows) if num_items_in_batch is None else num_items_in_batch
+    return {
+        "loss": (text_sum + vision_sum) / count,
+        "text_loss": text_sum.detach() / max(len(text_rows), 1),
+        "vision_loss": vision_sum.detach() / max(len(vision_rows), 1),
+    }
+
+
+def _supervised_targets(input_ids, labels, attention_mask, config):
+    """The target of each token but the last, `(batch, length - 1)`, -100 where nothing is supervised."""
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; they must agree."
+        )
+    source, target = input_ids[:, :-1], labels[:, 1:]
+    outside = (target != -100) & ((target < 0) | (target >= config.total_vocab_size))
+    _refuse(outside, target, f"labels must be -100 or in [0, {config.total_vocab_size})")
+
+    target = target.masked_fill(target == config.boi_token_id, -100)
+    target = target.masked_fill((source == config.eoi_token_id) & (target < config.text_vocab_size), -100)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        padded = attention_mask == 0
+        # After left padding the first real token, BOS, has nothing to be predicted from.
+        target = target.masked_fill(padded[:, 1:] | padded[:, :-1], -100)
+
+    source_is_vision = (source >= config.text_vocab_size) & (source != config.eoi_token_id)
+    mismatch = (target != -100) & (source_is_vision != (target >= config.text_vocab_size))
+    expected = "a token inside an image predicts a code or EOI, any other token text. Are labels shifted already?"
+    _refuse(mismatch, target, expected)
+    if not (target != -100).any():
+        raise ValueError(
+            "labels supervise no token of the batch (all are -100, BOI, padding or the newline after an image); the "
+            "loss would be 0 / 0. Check the chat template, the masking and max_length."
+        )
+    return target
+
+
+def _refuse(wrong, target, expected):
+    if wrong.any():
+        row, place = wrong.nonzero()[0].tolist()
+        raise ValueError(f"Row {row} of labels has {target[row, place]} at position {place + 1}; {expected}")

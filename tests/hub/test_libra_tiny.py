@@ -1,0 +1,66 @@
+"""libra-tiny as it is shipped: complete, current, small, and as good as its card says."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+from libra_cli.export import remote_code_files
+from libra_cli.main import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY = REPOSITORY / "hub_configs" / "libra-tiny"
+EVALUATION = REPOSITORY / "tests" / "data" / "eval"
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    return pipeline("image-to-text", model=str(TINY), trust_remote_code=True)
+
+
+def test_code_is_that_of_the_source():
+    for file in remote_code_files():
+        shipped = TINY / file.name
+        assert shipped.is_file(), f"{file.name} is missing: run `libra update-code hub_configs/libra-tiny`"
+        assert shipped.read_text() == file.read_text(), (
+            f"{file.name} is not current: run `libra update-code hub_configs/libra-tiny`"
+        )
+    assert len(list(TINY.glob("*.py"))) == len(remote_code_files())
+
+
+def test_weights_fit_into_20_megabytes():
+    sizes = {str(file.relative_to(TINY)): file.stat().st_size for file in TINY.rglob("*.safetensors")}
+    assert set(sizes) == {"model.safetensors", "image_tokenizer/model.safetensors"}
+    assert sum(sizes.values()) <= 20_000_000
+
+
+@pytest.mark.parametrize(("drawings", "least"), [("train_vendors", 0.8), ("unseen_vendor", 0.4)])
+def test_names_single_objects(captioner, drawings, least, capsys):
+    samples = json.loads((EVALUATION / "labels.json").read_text())[drawings]
+    images = [Image.open(EVALUATION / sample["file"]) for sample in samples]
+    answers = [output[0]["generated_text"] for output in captioner(images, batch_size=20)]
+    right = sum(answer == sample["label"] for answer, sample in zip(answers, samples)) / len(samples)
+    chance = 1 / len({sample["label"] for sample in samples})
+    with capsys.disabled():
+        print(f"\n{drawings}: {right:.0%} of {len(samples)} named right; chance {chance:.0%}")
+    assert right >= least
+
+
+def test_first_command_of_the_readme(capsys, monkeypatch):
+    monkeypatch.delenv("LIBRA_MODEL", raising=False)
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["caption", "samples/horse.png"]) == 0
+    printed = capsys.readouterr().out
+    assert printed in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert printed == "samples/horse.png: horse\n"
+
+
+def test_draws_an_image():
+    model = AutoModelForImageTextToText.from_pretrained(TINY, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(TINY, trust_remote_code=True)
+    inputs = processor(text="horse", generation_mode="image", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=processor.num_image_tokens - 1, do_sample=False)
+    (image,) = processor.post_process_multimodal_output(ids, generation_mode="image")
+    assert image.size == (96, 96)
