@@ -1,7 +1,7 @@
 # Every target works first on a fresh machine: it installs what it needs into .venv before it runs.
 PYTHON ?= python3
 VENV ?= .venv
-IMAGE ?= samples/horse.png
+IMAGE ?= samples/key.png
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
