@@ -151,7 +151,7 @@ class LibraPretrainer(Trainer):
 
     def __init__(self, model: PreTrainedModel, processing_class: LibraProcessor, **kwargs):
         super().__init__(model=model, processing_class=processing_class, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over its micro-batch; see _loss_parts
+        self.model_accepts_loss_kwargs = False  # the loss is already a mean over its micro-batch
         processing_class.image_tokenizer.to(self.args.device).eval()
         self._loss_parts: dict[str, list[torch.Tensor]] = {"text_loss": [], "vision_loss": []}
 
