@@ -1,62 +1,242 @@
-"""Routing: which rows go through which parameters, and the low-rank map the vision parameters are made of."""
+"""Routing: which rows go through which parameters, and the low-rank map the vision parameters are made of.
 
-from collections.abc import Callable
+A batch of token rows is split once per forward into two streams, the language rows and the vision rows, packed without
+padding. Norms, projections and MLPs run on streams; only keys and values are put back into the sequence.
+"""
+
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+LANGUAGE, VISION, PADDING = 0, 1, 2
+
+# Queries that meet their keys in one call of masked attention. Masks are this many rows high whatever the length, and
+# keys after the block are not read. The CPU kernel of sdpa takes its larger tiles from 192 queries on.
+QUERY_BLOCK = 192
+
+
+class Block(NamedTuple):
+    """Columns `[begin, end)` of a rectangle of queries, and the lowest and highest place of the sequence among them."""
+
+    begin: int
+    end: int
+    low: int
+    high: int
+
+
+class Run(NamedTuple):
+    """
+    Queries of one modality that follow each other.
+
+    Args:
+        row (`int`): of the batch.
+        begin, end (`int`): their places in the sequence, past included: `[begin, end)`.
+        first (`int`): the first place they see.
+        seen (`torch.LongTensor`, *optional*): on the CPU, the places they see when padding lies between these.
+    """
+
+    row: int
+    begin: int
+    end: int
+    first: int
+    seen: torch.Tensor | None
+
+
+class Stream(NamedTuple):
+    """
+    The rows of one modality, packed in reading order over the batch.
+
+    As queries they also form a rectangle `(batch, width)`: each row's own from the left, filled up on the right.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(rows,)`): where they are in the flattened batch.
+        counts (`list[int]`): how many of them each row of the batch has.
+        places (`torch.LongTensor` of shape `(batch or 1, width)`):
+            Where the queries of the rectangle are in the sequence, past included. Fillers repeat a query of their row.
+            One row when all rows are alike.
+        blocks (`list[Block]`): the columns of the rectangle, cut for masked attention.
+        runs (`list[Run]`): the queries, cut where another modality, padding or another row lies between.
+    """
+
+    rows: torch.Tensor
+    counts: list[int]
+    places: torch.Tensor
+    blocks: list[Block]
+    runs: list[Run]
+
+    def select(self, states: torch.Tensor) -> torch.Tensor:
+        """The rows of this stream, `(rows, ...)`, out of `(batch, length, ...)`; a batch of 1 stands for all rows."""
+        states = states.expand(len(self.counts), *states.shape[1:])
+        return states.flatten(0, 1).index_select(0, self.rows)
+
+    def rectangle(self, packed: torch.Tensor) -> torch.Tensor:
+        """From `(rows, ...)` to `(batch, width, ...)`."""
+        if len(set(self.counts)) == 1:
+            return packed.unflatten(0, (len(self.counts), self.counts[0]))
+        return nn.utils.rnn.pad_sequence(list(packed.split(self.counts)), batch_first=True)
+
+    def pack(self, rectangle: torch.Tensor) -> torch.Tensor:
+        """From `(batch, width, ...)` to `(rows, ...)`."""
+        if len(set(self.counts)) == 1:
+            return rectangle.flatten(0, 1)
+        return torch.cat([row[:count] for row, count in zip(rectangle, self.counts)])
+
 
 class Routing(NamedTuple):
-    """Which rows of a flattened batch go through which parameters. Planned once per forward.
+    """
+    How a batch is split into streams. Planned once per forward.
+
+    Args:
+        shape (`tuple[int, int]`): batch and length.
+        pieces (`list[tuple[int, int]]`):
+            The flattened batch in order, as kind (language, vision, padding) and number of rows.
+        language, vision ([`Stream`]): the rows of each modality.
+        total_length (`int`): length of the sequence, past included.
+        valid (`torch.BoolTensor` of shape `(batch, total_length)`, *optional*): False on padding; `None` without any.
+        starts (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+            The first place each token may look at, when several sequences are packed into one row.
+    """
+
+    shape: tuple[int, int]
+    pieces: list[tuple[int, int]]
+    language: Stream
+    vision: Stream
+    total_length: int
+    valid: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+
+    def unpack(self, language: torch.Tensor, vision: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """
+        Puts both streams back into the sequence.
+
+        Args:
+            language, vision (`torch.Tensor`): the packed rows of each stream, counted along `dim`.
+            dim (`int`, *optional*, defaults to 0): of the rows.
+
+        Returns:
+            `torch.Tensor`: `batch` and `length` in place of `dim`; zeros at padding.
+        """
+        lengths = [[count for kind, count in self.pieces if kind == side] for side in (LANGUAGE, VISION)]
+        sources = [iter(language.split(lengths[LANGUAGE], dim)), iter(vision.split(lengths[VISION], dim))]
+        shape = list(language.shape)
+        ordered = []
+        for kind, shape[dim] in self.pieces:
+            ordered.append(language.new_zeros(shape) if kind == PADDING else next(sources[kind]))
+        return torch.cat(ordered, dim).unflatten(dim, self.shape)
+
+
+def plan_routing(
+    is_vision: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    past_length: int = 0,
+    starts: torch.Tensor | None = None,
+) -> Routing:
+    """
+    Plans the two streams of a forward. This is the one place where the host waits for the device.
 
     Args:
         is_vision (`torch.BoolTensor` of shape `(batch, length)`): the modality of each token.
-        language_rows (`torch.LongTensor` of shape `(language tokens,)`): rows of the flattened batch, ascending.
-        vision_rows (`torch.LongTensor` of shape `(vision tokens,)`): likewise.
-        inverse (`torch.LongTensor` of shape `(batch * length,)`):
-            Where each row of the flattened batch is in language rows followed by vision rows.
-    """
-
-    is_vision: torch.Tensor
-    language_rows: torch.Tensor
-    vision_rows: torch.Tensor
-    inverse: torch.Tensor
-
-
-def plan_routing(is_vision: torch.Tensor) -> Routing:
-    """
-    Args:
-        is_vision (`torch.BoolTensor` of shape `(batch, length)`): the modality of each token.
+        attention_mask (`torch.Tensor` of shape `(batch, past_length + length)`, *optional*): 0 on padding.
+        past_length (`int`, *optional*, defaults to 0): tokens in the cache.
+        starts (`torch.LongTensor` of shape `(batch, length)`, *optional*): see [`Routing`].
 
     Returns:
         [`Routing`]
+
+    Raises:
+        ValueError: for an attention mask of another shape.
     """
-    flat = is_vision.flatten()
-    language_rows, vision_rows = (~flat).nonzero().squeeze(1), flat.nonzero().squeeze(1)
-    inverse = torch.cat([language_rows, vision_rows]).argsort()
-    return Routing(is_vision, language_rows, vision_rows, inverse)
+    batch, length = is_vision.shape
+    device = is_vision.device
+    kinds, valid = is_vision.long(), None
+    if attention_mask is not None:
+        if attention_mask.shape != (batch, past_length + length):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; with images it must be 2D, one number for each "
+                f"token of the cache and of input_ids: ({batch}, {past_length} + {length})."
+            )
+        valid = attention_mask.cpu() != 0
+        kinds = kinds.cpu().masked_fill(~valid[:, past_length:], PADDING)
+    kinds = kinds.cpu()
+    distinct, counts = torch.unique_consecutive(kinds.flatten(), return_counts=True)
+    # Each modality takes part even without rows: in training its parameters must be in the graph.
+    pieces = [*zip(distinct.tolist(), counts.tolist()), (LANGUAGE, 0), (VISION, 0)]
+    if valid is not None:
+        valid = None if valid.all() else valid | ~valid.any(dim=1, keepdim=True)
+    streams = []
+    for kind in (LANGUAGE, VISION):
+        rows = (kinds == kind).flatten().nonzero().squeeze(1)
+        places, blocks = _plan_rectangle(kinds, kind, rows, past_length)
+        runs = _cut_runs(rows, length, past_length, valid, starts)
+        streams.append(Stream(rows.to(device), (kinds == kind).sum(dim=1).tolist(), places.to(device), blocks, runs))
+    valid = None if valid is None else valid.to(device)
+    return Routing((batch, length), pieces, *streams, past_length + length, valid, starts)
 
 
-def route(hidden_states: torch.Tensor, routing: Routing | None, language_map: Callable, vision_map: Callable):
+def packed_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
     """
-    Applies one map to the language rows and another to the vision rows.
+    Where packed sequences begin: positions that do not go on counting mark a new one, as everywhere in transformers.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(batch, length, width)`): all rows.
-        routing ([`Routing`] or `None`): the plan; `None` when every row is language.
-        language_map, vision_map (`Callable`): from `(rows, width)` to `(rows, out)`.
+        position_ids (`torch.LongTensor` of shape `(batch, length)`).
 
     Returns:
-        `torch.Tensor` of shape `(batch, length, out)`.
+        `torch.LongTensor` of shape `(batch, length)`: for each token the place where its sequence begins. `None` when
+        no row holds more than one.
     """
-    if routing is None:
-        return language_map(hidden_states)
-    rows = hidden_states.flatten(0, 1)  # (batch * length, width)
-    language = language_map(rows.index_select(0, routing.language_rows))
-    vision = vision_map(rows.index_select(0, routing.vision_rows))
-    mixed = torch.cat([language, vision]).index_select(0, routing.inverse)
-    return mixed.unflatten(0, hidden_states.shape[:2])
+    begins = position_ids.diff(dim=1) != 1  # (batch, length - 1)
+    if not begins.any():
+        return None
+    places = torch.arange(1, position_ids.shape[1], device=position_ids.device)
+    starts = torch.where(begins, places, 0).cummax(dim=1).values
+    return torch.nn.functional.pad(starts, (1, 0))
+
+
+def _plan_rectangle(kinds, kind, rows, past_length):
+    """`places` and `blocks` of a [`Stream`], on the CPU."""
+    is_member = kinds == kind  # (batch, length)
+    counts = is_member.sum(dim=1, keepdim=True)
+    columns = torch.arange(kinds.shape[1])
+    # Fillers stand on a real token, so that they see something and their (unused) rows are finite.
+    stand_ins = torch.where(counts > 0, is_member, kinds != PADDING) * columns
+    places = stand_ins.amax(dim=1, keepdim=True).repeat(1, int(counts.max()))  # (batch, width)
+    places[columns[: places.shape[1]] < counts] = rows % kinds.shape[1]
+    places = places + past_length
+    blocks = _cut_blocks(places.amin(dim=0).tolist(), places.amax(dim=0).tolist())
+    return (places[:1] if (places == places[:1]).all() else places), blocks
+
+
+def _cut_blocks(low: list[int], high: list[int]) -> list[Block]:
+    """Blocks of about `QUERY_BLOCK` columns; a new one also begins where the places jump, to spare the keys between."""
+    jumps = [column for column in range(1, len(high)) if high[column] - high[column - 1] >= QUERY_BLOCK]
+    blocks = []
+    for begin, end in zip([0, *jumps], [*jumps, len(high)]):
+        parts = max(1, (end - begin) // QUERY_BLOCK)
+        cuts = [begin + (end - begin) * part // parts for part in range(parts + 1)]
+        blocks += [Block(a, b, min(low[a:b]), max(high[a:b])) for a, b in pairwise(cuts) if b > a]
+    return blocks
+
+
+def _cut_runs(rows, length, past_length, valid, starts):
+    """`runs` of a [`Stream`]."""
+    if not len(rows):
+        return []
+    follows = (rows.diff() == 1) & (rows[1:] % length > 0)
+    if starts is not None:
+        follows &= starts.cpu().flatten()[rows].diff() == 0
+    cuts = [0, *((~follows).nonzero().squeeze(1) + 1).tolist(), len(rows)]
+    runs = []
+    for row, place, count in [(*divmod(int(rows[a]), length), b - a) for a, b in pairwise(cuts)]:
+        begin, end = past_length + place, past_length + place + count
+        first, seen = 0 if starts is None else int(starts[row, place]), None
+        if valid is not None:
+            seen = valid[row, :end].nonzero().squeeze(1)
+            first = int(seen[0])
+            seen = None if len(seen) == end - first else seen
+        runs.append(Run(row, begin, end, first, seen))
+    return runs
 
 
 class LowRankLinear(nn.Module):

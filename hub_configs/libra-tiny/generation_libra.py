@@ -4,11 +4,13 @@ One `generate()` writes text and images. After a vision token the scores are ove
 distribution over the codes is the product of the heads, so temperature, top-k and top-p mean what they say.
 """
 
+import copy
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import LogitsProcessor, SequenceBiasLogitsProcessor
+from transformers.masking_utils import create_masks_for_generate
 
 from .image_blocks_libra import find_image_blocks
 
@@ -31,6 +33,30 @@ def joint_code_logits(vision_logits: torch.Tensor, config) -> torch.Tensor:
     for k in range(1, config.num_codebooks):
         joint = (joint[:, :, None] + codes[:, k, None, :]).flatten(1)
     return torch.cat([joint, markers.sum(dim=1)], dim=-1)
+
+
+def cut_between_images(input_ids: torch.Tensor, chunk_size: int, past_length: int, config) -> list[int]:
+    """
+    Where to cut a prompt so that no image of any row is cut.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): flat ids.
+        chunk_size (`int`): tokens of a chunk; more where an image would be cut.
+        past_length (`int`): tokens that are in the cache already.
+        config ([`LibraConfig`]): names the ids and the number of patches.
+
+    Returns:
+        `list[int]`: the ends of the chunks, the length of the prompt last.
+    """
+    offsets = find_image_blocks(input_ids, config).offsets
+    inside = (offsets >= 0) & (offsets <= config.num_patches)  # the next token belongs to the same image
+    is_cut = (~inside.any(dim=0)).tolist()
+    ends, begin = [], past_length
+    for end in range(past_length + 1, input_ids.shape[1]):
+        if end - begin >= chunk_size and is_cut[end - 1]:
+            ends.append(end)
+            begin = end
+    return [*ends, input_ids.shape[1]]
 
 
 class LibraImageGrammar(LogitsProcessor):
@@ -77,7 +103,7 @@ class LibraImageGrammar(LogitsProcessor):
 
 
 class LibraGenerationMixin:
-    """The hooks of `GenerationMixin` in which images matter. To be listed before it."""
+    """The hooks of `generate()` in which images matter. To be listed before the other bases of a model."""
 
     config: Any  # [`LibraConfig`], of the model
 
@@ -92,13 +118,45 @@ class LibraGenerationMixin:
         processors.append(grammar)
         return processors
 
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """Of a step with a static cache. Several tokens may hold images, whose attention makes masks of its own."""
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+
+    def get_compiled_call(self, compile_config):
+        """The compiled forward for steps of text; steps that see image tokens run as they are."""
+        compiled = super().get_compiled_call(compile_config)  # type: ignore[misc]
+
+        def call(input_ids, **kwargs):
+            writes_text = input_ids.shape[1] == 1 and not (input_ids >= self.config.text_vocab_size).any()
+            return (compiled if writes_text else self)(input_ids=input_ids, **kwargs)  # type: ignore[operator]
+
+        return call
+
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        if generation_config.prefill_chunk_size is not None and model_kwargs.get("image_features") is not None:
-            raise ValueError(
-                f"prefill_chunk_size={generation_config.prefill_chunk_size} would cut images from their features; leave "
-                "it unset for prompts with image_features."
-            )
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
+        """Prefill in chunks keeps images whole: they go in with their features."""
+        features, cache = model_kwargs.get("image_features"), model_kwargs.get("past_key_values")
+        if generation_config.prefill_chunk_size is None or features is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
+        if cache is None:
+            raise ValueError("prefill_chunk_size needs a cache: leave use_cache on.")
+        mask = model_kwargs.get("attention_mask")
+        if mask is None:  # dropped when it is all ones
+            mask = torch.ones_like(input_ids)
+        prompt_images = find_image_blocks(input_ids, self.config).images_per_row
+        per_row = features.split(model_kwargs.get("prompt_images", prompt_images).tolist())
+        unchunked = copy.copy(generation_config)
+        unchunked.prefill_chunk_size = None
+        past_length = int(cache.get_seq_length())
+        for end in cut_between_images(input_ids, generation_config.prefill_chunk_size, past_length, self.config):
+            images = find_image_blocks(input_ids[:, :end], self.config).images_per_row
+            chunk_kwargs = {**model_kwargs, "attention_mask": mask[:, :end], "prompt_images": images}
+            chunk_kwargs["image_features"] = torch.cat([row[:count] for row, count in zip(per_row, images)])
+            if model_kwargs.get("position_ids") is not None:
+                chunk_kwargs["position_ids"] = model_kwargs["position_ids"][..., :end]
+            outputs = super()._prefill(input_ids[:, :end], unchunked, chunk_kwargs, is_first_iteration)  # type: ignore[misc]
+        return outputs
 
     def _assisted_decoding(self, *args, **kwargs):
         raise ValueError(
@@ -140,6 +198,9 @@ class LibraGenerationMixin:
             `dict`: the arguments of `forward`.
         """
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        has_images = (inputs["input_ids"] >= self.config.text_vocab_size).any()
+        if has_images:
+            inputs["attention_mask"] = kwargs.get("attention_mask")  # 2D, not what is made of it for a static cache
         if image_features is None or inputs["input_ids"].shape[1] < self.config.num_patches + 2:
             return inputs  # a step that short sees no whole image
         all_images = find_image_blocks(input_ids, self.config).images_per_row

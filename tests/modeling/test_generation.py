@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_libra.generation_libra import LibraImageGrammar
+from modeling_libra.generation_libra import LibraImageGrammar, cut_between_images
 from modeling_libra.image_blocks_libra import check_image_blocks
 from tests.modeling.toys import (
     FAMILIES,
@@ -323,12 +323,26 @@ def test_broken_prompt():
         MODEL.generate(torch.tensor([[1, BOI, V, 5]]), **GREEDY)
 
 
-def test_chunked_prefill_is_for_prompts_without_features():
-    inputs, _ = prompt_inputs(["image, then text"])
-    with pytest.raises(ValueError, match="prefill_chunk_size=3 would cut images from their features"):
-        MODEL.generate(**inputs, **GREEDY, prefill_chunk_size=3)
+@pytest.mark.parametrize("chunk_size", [1, 3, 8, 100])
+@pytest.mark.parametrize("names", [["image, then text"], ["two images, then text", "text", "half an image"]], ids=len)
+def test_chunked_prefill(names, chunk_size):
+    """Images go into a chunk whole, with their features; what is generated is that of one prefill."""
+    inputs, _ = prompt_inputs(names)
+    expected = MODEL.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True)
+    chunked = MODEL.generate(
+        **inputs, **GREEDY, prefill_chunk_size=chunk_size, output_logits=True, return_dict_in_generate=True
+    )
+    for step, expected_step in zip(chunked.logits, expected.logits, strict=True):
+        assert_same(step, expected_step)
     del inputs["image_features"]
-    assert torch.equal(MODEL.generate(**inputs, **GREEDY, prefill_chunk_size=3), MODEL.generate(**inputs, **GREEDY))
+    without = MODEL.generate(**inputs, **GREEDY)
+    assert torch.equal(MODEL.generate(**inputs, **GREEDY, prefill_chunk_size=chunk_size), without)
+
+
+def test_cuts_between_images():
+    rows = [[1, 5, *make_image(CONFIG), NEWLINE, 7, 8], [1, 5, 6, 7, *make_image(CONFIG), NEWLINE]]
+    assert cut_between_images(torch.tensor(rows), 2, 0, CONFIG) == [2, 10, 11]
+    assert cut_between_images(torch.tensor(rows), 4, 1, CONFIG) == [10, 11]
 
 
 def test_assisted_generation_is_refused():

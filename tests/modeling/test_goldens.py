@@ -9,22 +9,23 @@ from safetensors.torch import load_file
 
 from modeling_libra import LibraForCausalLM
 from modeling_libra.conversion_libra import convert_config, convert_ids, convert_key, convert_state_dict
+from tests.modeling.kernels import running
 from tests.modeling.toys import assert_same
 
 MODELS = ["lm", "lm_no_bridge"]
 BATCHES = ["pretrain_batch", "interleaved_batch", "no_signal", "generate_text"]
+ATTENTIONS = ["sdpa", "eager", "flex_attention", "flash_attention_2"]
 TRAINING_BATCHES = ["pretrain_batch", "interleaved_batch"]
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def load_released(folder, attention: str) -> LibraForCausalLM:
+def load_released(folder) -> LibraForCausalLM:
     config = convert_config(json.loads((folder / "config.json").read_text()))
     weights = {}
     for shard in sorted(folder.glob("model*.safetensors")):
         weights |= convert_state_dict(load_file(shard))
     model = LibraForCausalLM(config).eval()
     model.load_state_dict(weights, strict=True)
-    model.set_attn_implementation(attention)
     return model
 
 
@@ -45,19 +46,18 @@ def load_batch(path, config) -> SimpleNamespace:
     )
 
 
-@pytest.fixture(
-    scope="module", params=[(name, attention) for name in MODELS for attention in ("sdpa", "eager")], ids=str
-)
-def released(request, golden) -> SimpleNamespace:
+@pytest.fixture(scope="module", params=[(name, attention) for name in MODELS for attention in ATTENTIONS], ids=str)
+def released(request, golden):
     name, attention = request.param
-    return SimpleNamespace(folder=golden / name, model=load_released(golden / name, attention))
+    with running(load_released(golden / name), attention) as model:
+        yield SimpleNamespace(folder=golden / name, model=model, attention=attention)
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
-def official(request, golden) -> SimpleNamespace:
+@pytest.fixture(scope="module", params=ATTENTIONS)
+def official(request, golden):
     folder = golden / "official_checkpoint"
-    model = load_released(folder / "checkpoint", request.param)
-    return SimpleNamespace(model=model, batch=load_batch(folder / "expected.safetensors", model.config))
+    with running(load_released(folder / "checkpoint"), request.param) as model:
+        yield SimpleNamespace(model=model, batch=load_batch(folder / "expected.safetensors", model.config))
 
 
 def assert_logits(output, batch, config):
@@ -87,9 +87,9 @@ def test_forward(released, name):
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("model_name", MODELS)
 def test_attention_weights(golden, model_name, name):
-    model = load_released(golden / model_name, "eager")  # sdpa gives no weights
+    model = load_released(golden / model_name)
     batch = load_batch(golden / model_name / f"{name}.safetensors", model.config)
-    with torch.no_grad():
+    with running(model, "eager"), torch.no_grad():  # the others give no weights
         weights = model(**batch.inputs, output_attentions=True, use_cache=False).attentions[0]
     queries = batch.keep[:, None, :, None].expand_as(weights)
     assert_same(weights[queries], batch.tensors["attn_0"][queries])
@@ -102,12 +102,16 @@ def test_loss_and_gradients(released, name, mode):
     batch = load_batch(released.folder / f"{name}.safetensors", model.config)
     labels = convert_ids(batch.tensors["labels"], model.config)
     model.zero_grad()
+    has_gradients = released.attention != "flex_attention"  # it has no backward on the CPU
     try:
-        loss = model.train(mode == "train")(**batch.inputs, labels=labels).loss
+        with torch.set_grad_enabled(has_gradients):
+            loss = model.train(mode == "train")(**batch.inputs, labels=labels).loss
     finally:
         model.eval()
-    loss.backward()
     torch.testing.assert_close(loss, batch.tensors["loss"], rtol=1e-5, atol=0)
+    if not has_gradients:
+        return
+    loss.backward()
     gradients = {key.removeprefix("grad."): g for key, g in batch.tensors.items() if key.startswith("grad.")}
     assert gradients
     parameters = dict(model.named_parameters())

@@ -1,0 +1,309 @@
+"""The vision half of each decoder layer, and how it runs beside the LLM's half.
+
+| paper | here |
+|---|---|
+| hybrid image tokens (3.2) | [`LibraHybridEmbedding`] |
+| routed visual expert (3.3) | [`LowRankLinear`], [`LibraRoutedLayer`], [`LibraVisionMLP`] |
+| cross-modal bridge (3.3) | [`LibraRoutedAttention`], and what of it a cache remembers: [`BridgeMemory`] |
+
+Rows of both modalities are two streams, packed without padding (see [`Routing`]): language rows `(language rows,
+hidden)` and vision rows `(vision rows, hidden)`. They meet in attention only. Without vision rows there is no routing at
+all: `(batch, length, hidden)` passes through the LLM's own modules.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention_libra import attend
+from .cache_libra import BridgeMemory
+from .configuration_libra import LibraConfig
+from .image_blocks_libra import codebook_entries
+from .routing_libra import LowRankLinear, Routing
+
+
+class LibraVisionMLP(nn.Module):
+    """The gated MLP of the visual expert: the LLM's, with low-rank maps."""
+
+    def __init__(self, config: LibraConfig):
+        super().__init__()
+        hidden, inner = config.text_config.hidden_size, config.text_config.intermediate_size
+        self.gate_proj = LowRankLinear(hidden, inner, inner // config.expert_down_ratio)
+        self.up_proj = LowRankLinear(hidden, inner, inner // config.expert_down_ratio)
+        self.down_proj = LowRankLinear(inner, hidden, hidden // config.expert_down_ratio)
+        self.act_fn = ACT2FN[config.text_config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """From `(rows, hidden)` to `(rows, hidden)`."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class LibraRoutedAttention(nn.Module):
+    """
+    Attention over both modalities, with the visual expert's projections and the cross-modal bridge.
+
+    With K the plain keys, a query sees `K_j` when its modality is that of token j and `K_j + bridge_K(x_j)` when it is
+    not; values likewise. So keys and values have two views, and every query attends to one of them:
+
+    - the language view: text rows plain, vision rows bridged;
+    - the vision view: vision rows plain, text rows bridged.
+
+    The cache holds the language view, and the latents from which the vision view is rebuilt ([`BridgeMemory`]).
+    """
+
+    def __init__(self, config: LibraConfig, layer_idx: int):
+        super().__init__()
+        text = config.text_config
+        self.layer_idx = layer_idx
+        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        query_size = text.num_attention_heads * self.head_dim
+        key_size = text.num_key_value_heads * self.head_dim
+        ratio = config.expert_down_ratio
+        self.q_proj = LowRankLinear(text.hidden_size, query_size, query_size // ratio)
+        self.k_proj = LowRankLinear(text.hidden_size, key_size, key_size // ratio)
+        self.v_proj = LowRankLinear(text.hidden_size, key_size, key_size // ratio)
+        self.o_proj = LowRankLinear(query_size, text.hidden_size, text.hidden_size // ratio)
+        self.has_head_norms = text.model_type == "qwen3"
+        if self.has_head_norms:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=text.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=text.rms_norm_eps)
+        self.use_bridge = config.use_bridge
+        if config.use_bridge:
+            bridge = (text.hidden_size, key_size, config.bridge_rank, True)
+            self.k_bridge_on_vision = LowRankLinear(*bridge)
+            self.k_bridge_on_language = LowRankLinear(*bridge)
+            self.v_bridge_on_vision = LowRankLinear(*bridge)
+            self.v_bridge_on_language = LowRankLinear(*bridge)
+
+    def forward(
+        self,
+        language: torch.Tensor,
+        vision: torch.Tensor | None,
+        language_attention: Any,
+        routing: Routing | None,
+        position_embeddings: Any,
+        past_key_values: Cache | None = None,
+        memory: BridgeMemory | None = None,
+        **kwargs,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+        """
+        Args:
+            language, vision (`torch.Tensor`): normed rows, as [`LibraRoutedLayer.forward`] has them.
+            language_attention (`nn.Module`): the LLM's attention of the same layer.
+            routing ([`Routing`] or `None`): `None` when every row is language.
+            position_embeddings (`tuple`):
+                cos and sin of RoPE: `(batch, length, head_dim)` each; with a routing, such a pair for the language rows
+                and one for the vision rows, `(rows, 1, head_dim)` each.
+            past_key_values (`Cache`, *optional*): gets the language view.
+            memory ([`BridgeMemory`], *optional*): of this cache, when there is a bridge.
+            kwargs: passed on to the LLM's attention when every row is language.
+
+        Returns:
+            `tuple`: the pair of outputs, shaped as the inputs, and the attention weights `(batch, heads, length, keys)`
+            when the attention function gives them.
+        """
+        if routing is None or vision is None:
+            if memory is not None:  # an image that follows will need them
+                on_language = self.k_bridge_on_language, self.v_bridge_on_language
+                memory.remember_latents(self.layer_idx, *(bridge.A(language) for bridge in on_language))
+            output, weights = language_attention(
+                hidden_states=language,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            return (output, None), weights
+
+        rotary = position_embeddings
+        language_query, *plain_language = self._project(language_attention, language)
+        vision_query, *plain_vision = self._project(self, vision)
+        read_language, read_vision, latents = self._bridge(language, vision, routing, plain_language, plain_vision)
+        view = self._view(plain_language, read_vision, rotary, routing)
+        if past_key_values is not None:
+            view = past_key_values.update(*view, self.layer_idx)
+        output, weights = attend(
+            language_attention, _rotate(language_query, rotary[0]), *view, routing.language, routing
+        )
+        language_output = language_attention.o_proj(output.flatten(1))
+
+        if memory is not None:
+            latents = memory.remember_latents(self.layer_idx, *latents)
+        if memory is not None and routing.total_length > routing.shape[1]:
+            view = self._rebuild_vision_view(view, latents, memory)
+        elif self.use_bridge:
+            view = self._view(read_language, plain_vision, rotary, routing)
+        output, vision_weights = attend(
+            language_attention, _rotate(vision_query, rotary[1]), *view, routing.vision, routing
+        )
+        vision_output = self.o_proj(output.flatten(1))
+        if weights is not None and vision_weights is not None:
+            longer = weights.shape[-1] - vision_weights.shape[-1]  # the view of a static cache has its whole length
+            weights = routing.unpack(weights, nn.functional.pad(vision_weights, (0, longer))).transpose(1, 2)
+        return (language_output, vision_output), weights
+
+    def _project(self, attention, rows):
+        """Queries, plain keys and plain values of one stream by the projections of its side: `(rows, heads, head_dim)`."""
+        query, key, value = (
+            projection(rows).unflatten(-1, (-1, self.head_dim))
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if self.has_head_norms:
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        return query, key, value
+
+    def _bridge(self, language, vision, routing, plain_language, plain_vision):
+        """Keys and values of each stream as the other modality reads them, and the bridge's latents in the sequence."""
+        if not self.use_bridge:
+            return plain_language, plain_vision, None
+        on_language = self.k_bridge_on_language, self.v_bridge_on_language
+        on_vision = self.k_bridge_on_vision, self.v_bridge_on_vision
+        language_latents = [bridge.A(language) for bridge in on_language]  # (language rows, bridge_rank) each
+        vision_latents = [bridge.A(vision) for bridge in on_vision]
+        read_language = [
+            plain + bridge.B(latent).view_as(plain)
+            for plain, bridge, latent in zip(plain_language, on_language, language_latents)
+        ]
+        read_vision = [
+            plain + bridge.B(latent).view_as(plain)
+            for plain, bridge, latent in zip(plain_vision, on_vision, vision_latents)
+        ]
+        return read_language, read_vision, [routing.unpack(*pair) for pair in zip(language_latents, vision_latents)]
+
+    def _view(self, language_states, vision_states, rotary, routing):
+        """Keys (rotated) and values of both streams in the sequence: `(batch, key heads, length, head_dim)` each."""
+        (language_key, language_value), (vision_key, vision_value) = language_states, vision_states
+        language_key, vision_key = _rotate(language_key, rotary[0]), _rotate(vision_key, rotary[1])
+        pairs = (language_key, vision_key), (language_value, vision_value)
+        # Joined as (key heads, rows, head_dim): attention reads keys head by head, and this way they lie so in memory.
+        return [routing.unpack(*(rows.transpose(0, 1) for rows in pair), dim=1).transpose(0, 1) for pair in pairs]
+
+    def _rebuild_vision_view(self, language_view, latents, memory):
+        """
+        The vision view of all cached tokens: the language view, plus the bridge's term on language rows, less that on
+        vision rows. (RoPE is linear: terms are rotated and added.)
+        """
+        kind = memory.layer_types[self.layer_idx]
+        is_vision = memory.is_vision(kind)[..., None]  # (batch, keys, 1)
+        bridges = (
+            (self.k_bridge_on_language, self.k_bridge_on_vision),
+            (self.v_bridge_on_language, self.v_bridge_on_vision),
+        )
+        key_term, value_term = (
+            on_language.B(latent.masked_fill(is_vision, 0)) - on_vision.B(latent.masked_fill(~is_vision, 0))
+            for latent, (on_language, on_vision) in zip(latents, bridges)
+        )  # (batch, keys, key heads * head_dim) each
+        cos, sin = memory.rotary[kind]
+        key_term = _rotate(key_term.unflatten(-1, (-1, self.head_dim)), (cos[:, :, None], sin[:, :, None]))
+        value_term = value_term.unflatten(-1, (-1, self.head_dim))
+        key, value = language_view
+        return key + key_term.transpose(1, 2), value + value_term.transpose(1, 2)
+
+
+def _rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """RoPE, in the layout `(..., heads, head_dim)`: dimensions `i` and `i + head_dim / 2` are a plane."""
+    cos, sin = rotary
+    half = states.shape[-1] // 2
+    first, second = states.split(half, dim=-1)
+    # In place, halves on their own: a third of the time of `states * cos + rotate_half(states) * sin`, and no less exact.
+    rotated = states * cos
+    rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(first, sin[..., half:])
+    return rotated
+
+
+class LibraRoutedLayer(GradientCheckpointingLayer):
+    """
+    One decoder layer. It owns the vision half (norms, expert, bridge) and runs the LLM's layer as the language half:
+    language rows meet the LLM's parameters only, vision rows the expert's only, and they meet in attention.
+    """
+
+    def __init__(self, config: LibraConfig, layer_idx: int):
+        super().__init__()
+        hidden, eps = config.text_config.hidden_size, config.text_config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.self_attn = LibraRoutedAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.mlp = LibraVisionMLP(config)
+
+    def forward(
+        self,
+        language: torch.Tensor,
+        vision: torch.Tensor | None,
+        language_layer: Any,
+        routing: Routing | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            language (`torch.Tensor`):
+                Language rows, packed: `(language rows, hidden)`. Without routing `(batch, length, hidden)`.
+            vision (`torch.Tensor` of shape `(vision rows, hidden)` or `None`): vision rows, packed.
+            language_layer (`nn.Module`): the LLM's decoder layer.
+            routing ([`Routing`] or `None`): `None` when every row is language.
+            kwargs: passed on to [`LibraRoutedAttention`].
+
+        Returns:
+            `tuple`: language and vision rows, shaped as they came.
+        """
+        (language_update, vision_update), _ = self.self_attn(
+            language_layer.input_layernorm(language),
+            None if vision is None else self.input_layernorm(vision),
+            language_layer.self_attn,
+            routing,
+            **kwargs,
+        )
+        language = language + language_update
+        language = language + language_layer.mlp(language_layer.post_attention_layernorm(language))
+        if vision is not None:
+            vision = vision + vision_update
+            vision = vision + self.mlp(self.post_attention_layernorm(vision))
+        return language, vision
+
+
+class LibraSequence(nn.Module):
+    """Puts the streams back into the sequence. A module, so that the hidden states that pass through can be recorded."""
+
+    def forward(self, language: torch.Tensor, vision: torch.Tensor | None, routing: Routing | None) -> torch.Tensor:
+        """From the rows of both streams to `(batch, length, hidden)`, zeros at padding."""
+        return language if routing is None or vision is None else routing.unpack(language, vision)
+
+
+class LibraHybridEmbedding(nn.Module):
+    """
+    The hybrid image token (Section 3.2): `x = W RMSNorm([E_d; E_c])`, where `E_d` concatenates the embeddings of a
+    patch's discrete codes and `E_c` is its continuous CLIP feature (zeros for BOI, EOI and images to be generated).
+    """
+
+    def __init__(self, config: LibraConfig):
+        super().__init__()
+        self.config = config
+        hidden = config.text_config.hidden_size
+        self.embed_tokens = nn.ModuleList(
+            nn.Embedding(config.codebook_size + 2, hidden // config.num_codebooks) for _ in range(config.num_codebooks)
+        )
+        self.norm = nn.RMSNorm(hidden + config.feature_size, eps=config.text_config.rms_norm_eps)
+        self.proj = nn.Linear(hidden + config.feature_size, hidden, bias=False)
+
+    def forward(
+        self, vision_ids: torch.Tensor, featured: torch.Tensor | None, features: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        Args:
+            vision_ids (`torch.LongTensor` of shape `(vision tokens,)`): flat ids of codes, BOI, EOI.
+            featured (`torch.BoolTensor` of shape `(vision tokens,)`, *optional*): the tokens that have features.
+            features (`torch.Tensor` of shape `(images, patches, feature_size)`, *optional*): for these, in order.
+
+        Returns:
+            `torch.Tensor` of shape `(vision tokens, hidden)`.
+        """
+        entries = codebook_entries(vision_ids, self.config)  # (tokens, codebooks)
+        discrete = torch.cat([table(entries[:, k]) for k, table in enumerate(self.embed_tokens)], dim=-1)
+        continuous = discrete.new_zeros(len(vision_ids), self.config.feature_size)  # (tokens, feature_size)
+        if features is not None and featured is not None:
+            places = featured.nonzero().squeeze(1)
+            continuous.index_copy_(0, places, features.to(continuous).flatten(0, 1))
+        return self.proj(self.norm(torch.cat([discrete, continuous], dim=-1)))
