@@ -10,6 +10,7 @@ processor, and `metrics.json` (PSNR, and how much of each codebook is in use).
 
 import json
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -213,9 +214,7 @@ def early_features(model: LibraImageTokenizer, pixels: Tensor, layer: int) -> Te
     Returns:
         `torch.Tensor` of shape `(n, patches, width)`.
     """
-    hidden = model.clip.pre_layrnorm(model.clip.embeddings(pixels))  # (n, 1 + patches, width)
-    for block in model.clip.encoder.layers[:layer]:
-        hidden = block(hidden, attention_mask=None)
+    hidden = next(islice(model.clip_hidden_states(pixels), layer, None))  # (n, 1 + patches, width)
     return F.layer_norm(hidden[:, 1:], hidden.shape[-1:])
 
 
