@@ -84,7 +84,7 @@ class LookupFreeQuantizer(nn.Module):
         Raises:
             `ValueError`: If a code is outside [0, codebook_size), or there is not one code per codebook.
         """
-        self._check_codes(codes)
+        self.check_codes(codes)
         bits = (codes[..., None] >> self._shifts(codes.device)) & 1  # (..., num_codebooks, bits)
         return (2 * bits - 1).to(self.project_out.weight.dtype)
 
@@ -126,7 +126,12 @@ class LookupFreeQuantizer(nn.Module):
             commitment=F.mse_loss(values, signs),
         )
 
-    def _check_codes(self, codes: Tensor):
+    def check_codes(self, codes: Tensor):
+        """Refuses codes (..., num_codebooks) that this quantizer cannot have made.
+
+        Raises:
+            `ValueError`: If a code is outside [0, codebook_size), or there is not one code per codebook.
+        """
         if codes.shape[-1] != self.num_codebooks:
             raise ValueError(
                 f"The last dimension of the codes must be the {self.num_codebooks} codebooks, got shape {tuple(codes.shape)}."

@@ -6,6 +6,7 @@ lookup-free quantizer turn them into codes, and a convolutional decoder reconstr
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,11 @@ from transformers.utils import ModelOutput
 from .configuration_libra_image_tokenizer import LibraImageTokenizerConfig
 from .decoder_libra_image_tokenizer import LibraImageDecoder
 from .lookup_free_quantization import LookupFreeQuantizer, QuantizerLosses
+
+ENCODE_BATCH_SIZE = 16
+"""Images that run through CLIP at a time, by default."""
+DECODE_BATCH_SIZE = 4
+"""Images decoded at a time, by default; fewer, as the decoder works on maps as large as the image, many channels each."""
 
 
 class LibraImageEncoding(NamedTuple):
@@ -61,6 +67,7 @@ class LibraImageTokenizer(PreTrainedModel):
     """Image tokenizer of Libra: frozen CLIP, lookup-free quantizer, convolutional decoder.
 
     CLIP never gets a gradient and stays in evaluation mode; it is built no deeper than the deepest selected layer.
+    Any number of images can be encoded or decoded: memory holds the result and the activations of one batch.
 
     Args:
         config ([`LibraImageTokenizerConfig`]): Sizes of the tokenizer.
@@ -148,60 +155,107 @@ class LibraImageTokenizer(PreTrainedModel):
         self.clip.eval()
         return self
 
+    def clip_hidden_states(self, pixel_values: Tensor) -> Iterator[Tensor]:
+        """The hidden states of CLIP one after the other: each is computed when it is asked for, and none is kept.
+
+        Gradients flow back to the pixels unless they are turned off.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(n, 3, image_size, image_size)`):
+                Preprocessed pixels, at least one image; moved to the device and dtype of the model.
+
+        Yields:
+            `torch.Tensor` of shape `(n, 1 + num_patches, width)`, class token first: the embeddings, then the output of
+            each layer up to the deepest selected one.
+        """
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        hidden = self.clip.pre_layrnorm(self.clip.embeddings(pixel_values))  # (n, 1 + patches, width)
+        yield hidden
+        for layer in self.clip.encoder.layers:
+            hidden = layer(hidden, attention_mask=None)  # (n, 1 + patches, width)
+            yield hidden
+
     @torch.no_grad()
-    def features(self, pixel_values: Tensor) -> Tensor:
+    def features(self, pixel_values: Tensor, batch_size: int = ENCODE_BATCH_SIZE) -> Tensor:
         """Continuous features of images: the patch rows of the selected CLIP layers, side by side.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(n, 3, image_size, image_size)`):
-                Preprocessed pixels; moved to the device and dtype of the model.
+                Preprocessed pixels; each batch is moved to the device and dtype of the model.
+            batch_size (`int`, *optional*, defaults to 16): Images that run through CLIP at a time.
 
         Returns:
-            `torch.Tensor` of shape `(n, num_patches, feature_size)`.
+            `torch.Tensor` of shape `(n, num_patches, feature_size)`, in the dtype of the model.
 
         Raises:
-            `ValueError`: If the pixels have another shape, are not floating point, or are not finite.
+            `ValueError`: If the pixels have another shape, are not floating point, or are not finite, or if `batch_size`
+                is below 1.
         """
         self._check_pixels(pixel_values)
-        outputs = self.clip(pixel_values.to(self.device, self.dtype), output_hidden_states=True)
-        selected = [outputs.hidden_states[layer] for layer in self.config.select_layers]  # each (n, 1 + patches, width)
-        return torch.cat(selected, dim=-1)[:, 1:]  # (n, patches, feature_size), class token dropped
+        batches = _batches(len(pixel_values), batch_size)
+        shape = (len(pixel_values), self.config.num_patches, self.config.feature_size)
+        features = torch.empty(shape, device=self.device, dtype=self.dtype)
+        for batch in batches:
+            self._write_features(pixel_values[batch], features[batch])
+        return features
+
+    def _write_features(self, pixel_values: Tensor, features: Tensor):
+        """Fills `features` (n, patches, feature_size) for one batch of pixels."""
+        selected = self.config.select_layers
+        slots = features.unflatten(-1, (len(selected), -1))  # (n, patches, selected, width)
+        for depth, hidden in enumerate(self.clip_hidden_states(pixel_values)):
+            for slot, layer in enumerate(selected):
+                if layer == depth:
+                    slots[:, :, slot] = hidden[:, 1:]  # class token dropped
 
     @torch.no_grad()
-    def encode(self, pixel_values: Tensor) -> LibraImageEncoding:
+    def encode(self, pixel_values: Tensor, batch_size: int = ENCODE_BATCH_SIZE) -> LibraImageEncoding:
         """Codes and continuous features of images.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(n, 3, image_size, image_size)`): Preprocessed pixels.
+            batch_size (`int`, *optional*, defaults to 16): Images that run through CLIP at a time.
 
         Returns:
             [`LibraImageEncoding`]: codes (n, num_patches, num_codebooks) and features (n, num_patches, feature_size).
 
         Raises:
-            `ValueError`: If the pixels have another shape, are not floating point, or are not finite.
+            `ValueError`: If the pixels have another shape, are not floating point, or are not finite, or if `batch_size`
+                is below 1.
         """
-        features = self.features(pixel_values)  # (n, patches, feature_size)
-        codes = self.quantizer(self.pre_quant(features), return_losses=False).codes  # (n, patches, codebooks)
+        features = self.features(pixel_values, batch_size)  # (n, patches, feature_size)
+        shape = (len(features), self.config.num_patches, self.config.num_codebooks)
+        codes = torch.empty(shape, device=features.device, dtype=torch.long)
+        for batch in _batches(len(features), batch_size):
+            codes[batch] = self.quantizer(self.pre_quant(features[batch]), return_losses=False).codes
         return LibraImageEncoding(codes, features)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, batch_size: int = DECODE_BATCH_SIZE) -> Tensor:
         """Images of codes.
 
         Args:
             codes (`torch.Tensor` of shape `(n, num_patches, num_codebooks)`): Codes, patches row by row.
+            batch_size (`int`, *optional*, defaults to 4): Images decoded at a time.
 
         Returns:
-            `torch.Tensor` of shape `(n, 3, resolution, resolution)`: Decoder output as is: nominally in [-1, 1], where
-            -1 is black and 1 is white, but not clamped.
+            `torch.Tensor` of shape `(n, 3, resolution, resolution)`, in the dtype of the model: Decoder output as is:
+            nominally in [-1, 1], where -1 is black and 1 is white, but not clamped.
 
         Raises:
-            `ValueError`: If the shape does not fit, or a code is outside [0, codebook_size).
+            `ValueError`: If the shape does not fit, a code is outside [0, codebook_size), or `batch_size` is below 1.
         """
         expected = (self.config.num_patches, self.config.num_codebooks)
         if codes.ndim != 3 or tuple(codes.shape[1:]) != expected:
             raise ValueError(f"Codes must have shape (n, {expected[0]}, {expected[1]}), got {tuple(codes.shape)}.")
-        return self._decode_quantized(self.quantizer.codes_to_quantized(codes.to(self.device)))
+        self.quantizer.check_codes(codes)
+        batches = _batches(len(codes), batch_size)
+        shape = (len(codes), 3, self.config.resolution, self.config.resolution)
+        pixels = torch.empty(shape, device=self.device, dtype=self.dtype)
+        for batch in batches:
+            quantized = self.quantizer.codes_to_quantized(codes[batch].to(self.device))  # (batch, patches, embed_dim)
+            pixels[batch] = self._decode_quantized(quantized)
+        return pixels
 
     def forward(self, pixel_values: Tensor, return_losses: bool | None = None, **kwargs) -> LibraImageTokenizerOutput:
         """Reconstructs images through the quantizer, for training.
@@ -238,10 +292,19 @@ class LibraImageTokenizer(PreTrainedModel):
             )
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be normalized floating point numbers, got {pixel_values.dtype}.")
-        finite = pixel_values.isfinite().all(dim=(1, 2, 3))  # (n,)
+        # The extremes of an image are not finite if any of its pixels is not; unlike `isfinite` of all pixels they take
+        # no memory as large as the images.
+        finite = pixel_values.amin(dim=(1, 2, 3)).isfinite() & pixel_values.amax(dim=(1, 2, 3)).isfinite()  # (n,)
         if not finite.all():
             broken = (~finite).nonzero().flatten().tolist()
             raise ValueError(f"pixel_values of images {broken} contain NaN or infinite numbers.")
+
+
+def _batches(count: int, batch_size: int) -> list[slice]:
+    """Cuts `count` images into batches."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    return [slice(start, start + batch_size) for start in range(0, count, batch_size)]
 
 
 __all__ = ["LibraImageTokenizer"]

@@ -21,7 +21,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .chat_template_libra import CHAT_TEMPLATE, IMAGE_TOKEN
 from .image_processing_libra import LibraImageProcessor
-from .modeling_libra_image_tokenizer import LibraImageTokenizer
+from .modeling_libra_image_tokenizer import DECODE_BATCH_SIZE, LibraImageTokenizer
 
 IMAGE_PLACE = re.compile(r"(\s*)" + re.escape(IMAGE_TOKEN))
 """A place for an image in text; the token swallows the white space before it."""
@@ -30,8 +30,6 @@ IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 NO_LENGTH_LIMIT = int(1e9)
 """Tokenizers without a limit say so with an absurdly large one."""
-IMAGES_AT_ONCE = 16
-"""Images tokenized or decoded in one forward pass."""
 
 
 class LibraProcessor(ProcessorMixin):
@@ -321,9 +319,8 @@ class LibraProcessor(ProcessorMixin):
         """Codes (images, patches, codebooks) and float32 features (images, patches, width)."""
         if not torch.is_tensor(pixel_values):
             pixel_values = torch.from_numpy(np.stack(pixel_values))  # (images, 3, height, width)
-        chunks = [self.image_tokenizer.encode(chunk) for chunk in pixel_values.split(IMAGES_AT_ONCE)]
-        codes = torch.cat([codes for codes, _ in chunks])
-        return codes, torch.cat([features for _, features in chunks]).float()
+        codes, features = self.image_tokenizer.encode(pixel_values)
+        return codes, features.float()
 
     # ---- text and images out ----
 
@@ -383,8 +380,10 @@ class LibraProcessor(ProcessorMixin):
         rows, _ = _rows_of(generated_outputs)
         ids = [image for row, row_ids in enumerate(rows) for image in self._read_images(row_ids, row)]
         codes = self.ids_to_codes(torch.tensor(ids))  # (images, patches, codebooks)
-        pixels = [self.image_tokenizer.decode(chunk) for chunk in codes.split(IMAGES_AT_ONCE)]
-        return [image for chunk in pixels for image in self.image_processor.postprocess(chunk)]
+        images: list[Image.Image] = []
+        for batch in codes.split(DECODE_BATCH_SIZE):  # finished images take a quarter of the memory of their pixels
+            images += self.image_processor.postprocess(self.image_tokenizer.decode(batch))
+        return images
 
     def _segments(self, ids: list[int], row: int) -> list[list[int]]:
         """Cuts ids into runs: each text id on its own, each image (BOI, codes, EOI, as far as there) together."""
