@@ -106,7 +106,7 @@ class LibraRoutedAttention(nn.Module):
             `tuple`: the pair of outputs, shaped as the inputs, and the attention weights `(batch, heads, length, keys)`
             when the attention function gives them.
         """
-        if routing is None or vision is None:
+        if routing is None:
             if memory is not None:  # an image that follows will need them
                 on_language = self.k_bridge_on_language, self.v_bridge_on_language
                 memory.remember_latents(self.layer_idx, *(bridge.A(language) for bridge in on_language))
@@ -116,34 +116,45 @@ class LibraRoutedAttention(nn.Module):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            return (output, None), weights
+            return (output, None if vision is None else self._idle(vision)), weights
 
         rotary = position_embeddings
         language_query, *plain_language = self._project(language_attention, language)
         vision_query, *plain_vision = self._project(self, vision)
         read_language, read_vision, latents = self._bridge(language, vision, routing, plain_language, plain_vision)
-        view = self._view(plain_language, read_vision, rotary, routing)
+        key, value = self._view(plain_language, read_vision, rotary, routing)
         if past_key_values is not None:
-            view = past_key_values.update(*view, self.layer_idx)
-        output, weights = attend(
-            language_attention, _rotate(language_query, rotary[0]), *view, routing.language, routing
-        )
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        query = _rotate(language_query, rotary[0])
+        output, weights = attend(language_attention, query, key, value, routing.language, routing)
         language_output = language_attention.o_proj(output.flatten(1))
 
         if memory is not None:
             latents = memory.remember_latents(self.layer_idx, *latents)
         if memory is not None and routing.total_length > routing.shape[1]:
-            view = self._rebuild_vision_view(view, latents, memory)
+            key, value = self._rebuild_vision_view(key, value, latents, memory)
         elif self.use_bridge:
-            view = self._view(read_language, plain_vision, rotary, routing)
-        output, vision_weights = attend(
-            language_attention, _rotate(vision_query, rotary[1]), *view, routing.vision, routing
-        )
+            key, value = self._view(read_language, plain_vision, rotary, routing)
+        query = _rotate(vision_query, rotary[1])
+        output, vision_weights = attend(language_attention, query, key, value, routing.vision, routing)
         vision_output = self.o_proj(output.flatten(1))
         if weights is not None and vision_weights is not None:
             longer = weights.shape[-1] - vision_weights.shape[-1]  # the view of a static cache has its whole length
             weights = routing.unpack(weights, nn.functional.pad(vision_weights, (0, longer))).transpose(1, 2)
         return (language_output, vision_output), weights
+
+    def _idle(self, vision):
+        """Without vision rows in a batch of training: every parameter takes part with none, because DDP waits for it."""
+        query, *states = self._project(self, vision)
+        if self.use_bridge:
+            bridges = (
+                self.k_bridge_on_language,
+                self.v_bridge_on_language,
+                self.k_bridge_on_vision,
+                self.v_bridge_on_vision,
+            )
+            states += [bridge(vision) for bridge in bridges]
+        return self.o_proj(query.flatten(1) + sum(state.sum() for state in states))
 
     def _project(self, attention, rows):
         """Queries, plain keys and plain values of one stream by the projections of its side: `(rows, heads, head_dim)`."""
@@ -181,7 +192,7 @@ class LibraRoutedAttention(nn.Module):
         # Joined as (key heads, rows, head_dim): attention reads keys head by head, and this way they lie so in memory.
         return [routing.unpack(*(rows.transpose(0, 1) for rows in pair), dim=1).transpose(0, 1) for pair in pairs]
 
-    def _rebuild_vision_view(self, language_view, latents, memory):
+    def _rebuild_vision_view(self, key, value, latents, memory):
         """
         The vision view of all cached tokens: the language view, plus the bridge's term on language rows, less that on
         vision rows. (RoPE is linear: terms are rotated and added.)
@@ -199,7 +210,6 @@ class LibraRoutedAttention(nn.Module):
         cos, sin = memory.rotary[kind]
         key_term = _rotate(key_term.unflatten(-1, (-1, self.head_dim)), (cos[:, :, None], sin[:, :, None]))
         value_term = value_term.unflatten(-1, (-1, self.head_dim))
-        key, value = language_view
         return key + key_term.transpose(1, 2), value + value_term.transpose(1, 2)
 
 
@@ -241,7 +251,8 @@ class LibraRoutedLayer(GradientCheckpointingLayer):
         Args:
             language (`torch.Tensor`):
                 Language rows, packed: `(language rows, hidden)`. Without routing `(batch, length, hidden)`.
-            vision (`torch.Tensor` of shape `(vision rows, hidden)` or `None`): vision rows, packed.
+            vision (`torch.Tensor` of shape `(vision rows, hidden)` or `None`):
+                Vision rows, packed. Without routing `None`, or no rows in training.
             language_layer (`nn.Module`): the LLM's decoder layer.
             routing ([`Routing`] or `None`): `None` when every row is language.
             kwargs: passed on to [`LibraRoutedAttention`].
@@ -269,7 +280,11 @@ class LibraSequence(nn.Module):
 
     def forward(self, language: torch.Tensor, vision: torch.Tensor | None, routing: Routing | None) -> torch.Tensor:
         """From the rows of both streams to `(batch, length, hidden)`, zeros at padding."""
-        return language if routing is None or vision is None else routing.unpack(language, vision)
+        if vision is None:
+            return language
+        if routing is None:
+            return language + vision.sum()  # of no rows: 0, and in the graph
+        return routing.unpack(language, vision)
 
 
 class LibraHybridEmbedding(nn.Module):

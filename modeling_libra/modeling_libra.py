@@ -136,32 +136,29 @@ class LibraModel(LibraPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if not torch.compiler.is_compiling():
             past_length = int(past_length)  # static caches count in a tensor
+        starts = None
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + past_length
+        elif attention_mask is None and past_key_values is None:
+            starts = packed_starts(position_ids)
 
-        is_vision = input_ids >= self.config.text_vocab_size
         memory = None
         if past_key_values is not None and self.config.use_bridge:
             memory = BridgeMemory(past_key_values, self._layer_types)
-            memory.remember_tokens(position_ids, is_vision)
+        is_vision = input_ids >= self.config.text_vocab_size
+        routing, masks = None, attention_mask
         if self._needs_routing(is_vision):
-            starts = None
-            if attention_mask is None and past_key_values is None:
-                starts = packed_starts(position_ids)
             routing = plan_routing(is_vision, attention_mask, past_length, starts)
-            language, vision = self._embed_streams(input_ids, image_features, routing, continues=past_length > 0)
-            masks, position_embeddings = None, self._rotary(language, position_ids, routing, memory)
-        else:
-            routing, vision = None, None
-            language = self._embed_text(input_ids, image_features, past_length)
-            position_embeddings = self.language_model.rotary_emb(language, position_ids)
-            masks = (
-                create_masks_for_generate(
-                    self.config, language, attention_mask, past_key_values, position_ids=position_ids
-                )
-                if not isinstance(attention_mask, dict)
-                else attention_mask
+        language, vision = self._embed(input_ids, image_features, routing, past_length)
+        if memory is not None:
+            memory.remember_tokens(
+                position_ids, is_vision
+            )  # after the last check: wrong input leaves the cache as it was
+        if routing is None and not isinstance(attention_mask, dict):
+            masks = create_masks_for_generate(
+                self.config, language, attention_mask, past_key_values, position_ids=position_ids
             )
+        position_embeddings = self._rotary(language, position_ids, routing, memory)
 
         records = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         for i, layer in enumerate(self.vision_model.layers):
@@ -172,7 +169,9 @@ class LibraModel(LibraPreTrainedModel):
                 vision,
                 self.language_model.layers[i],
                 routing,
-                attention_mask=masks[self._layer_types[i]] if isinstance(masks, dict) else masks,
+                attention_mask=masks[self._layer_types[i]]
+                if isinstance(masks, dict)
+                else masks,  # of text without images
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 memory=memory,
@@ -195,22 +194,24 @@ class LibraModel(LibraPreTrainedModel):
             # Looking would break the graph. What is compiled is text decoding; image tokens in it are an error.
             torch._assert_async(~is_vision.any(), "A compiled Libra decodes text only; run images uncompiled.")
             return False
-        # In training the vision parameters take part in the graph even for a text-only batch: DDP waits for them.
-        return self.training or bool(is_vision.any())
+        return bool(is_vision.any())
 
-    def _embed_text(self, input_ids, image_features, past_length):
-        """Embeddings of ids without images: `(batch, length, hidden)`."""
+    def _embed(self, input_ids, image_features, routing, past_length):
+        """
+        Text embeddings and hybrid image tokens: `(language rows, hidden)` and `(vision rows, hidden)`, or without routing
+        `(batch, length, hidden)` and `None`.
+        """
+        blocks = None
         if not torch.compiler.is_compiling():
-            self._check(input_ids, image_features, continues=past_length > 0)
-        return self.language_model.embed_tokens(input_ids)
-
-    def _embed_streams(self, input_ids, image_features, routing, continues):
-        """Text embeddings and hybrid image tokens: `(language rows, hidden)` and `(vision rows, hidden)`."""
-        blocks = self._check(input_ids, image_features, continues)
-        featured = None if image_features is None else routing.vision.select(blocks.featured)
-        ids = input_ids[..., None]
-        language = self.language_model.embed_tokens(routing.language.select(ids).squeeze(1))
-        return language, self.vision_model.embedding(routing.vision.select(ids).squeeze(1), featured, image_features)
+            blocks = self._check(input_ids, image_features, continues=past_length > 0)
+        if routing is None:
+            # In training the vision parameters take part in the graph with no rows: DDP waits for them.
+            vision = self.vision_model.embedding(input_ids.new_empty(0), None, None) if self.training else None
+            return self.language_model.embed_tokens(input_ids), vision
+        featured = None if blocks is None else routing.vision.select(blocks.featured)
+        language_ids, vision_ids = routing.language.select(input_ids), routing.vision.select(input_ids)
+        vision = self.vision_model.embedding(vision_ids, featured, image_features)
+        return self.language_model.embed_tokens(language_ids), vision
 
     def _check(self, input_ids, image_features, continues):
         """Refuses broken image blocks and features that do not fit them; returns the blocks if there are features."""
@@ -224,8 +225,13 @@ class LibraModel(LibraPreTrainedModel):
         return blocks
 
     def _rotary(self, states, position_ids, routing, memory):
-        """cos and sin for the rows of each stream, `(rows, 1, head_dim)`; those of all cached keys go to the memory."""
+        """
+        cos and sin of RoPE, `(batch or 1, length, head_dim)` each. With routing a pair for the rows of each stream, `(rows,
+        1, head_dim)` each, and those of all cached keys go to the memory.
+        """
         cos, sin = self.language_model.rotary_emb(states, position_ids)  # (batch or 1, length, head_dim)
+        if routing is None:
+            return cos, sin
         if memory is not None and routing.total_length > routing.shape[1]:
             for kind in memory.tokens:
                 memory.rotary[kind] = self.language_model.rotary_emb(states, memory.positions(kind))

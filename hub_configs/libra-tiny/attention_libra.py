@@ -64,8 +64,8 @@ def attend(
         output, weights = attention(language_attention, rectangle, key, value, mask, **how)
         return stream.pack(output), stream.pack(weights.transpose(1, 2))
     if implementation == "flex_attention":
-        mask = flex_mask(stream, routing, range(offset, offset + key.shape[2]), window)
-        return stream.pack(attention(language_attention, rectangle, key, value, mask, **how)[0]), None
+        block_mask = flex_mask(stream, routing, range(offset, offset + key.shape[2]), window)
+        return stream.pack(attention(language_attention, rectangle, key, value, block_mask, **how)[0]), None
     outputs = []
     for block in stream.blocks:
         first = offset if window is None else max(offset, block.low + 1 - window)

@@ -165,14 +165,9 @@ def plan_routing(
     pieces = [*zip(distinct.tolist(), counts.tolist()), (LANGUAGE, 0), (VISION, 0)]
     if valid is not None:
         valid = None if valid.all() else valid | ~valid.any(dim=1, keepdim=True)
-    streams = []
-    for kind in (LANGUAGE, VISION):
-        rows = (kinds == kind).flatten().nonzero().squeeze(1)
-        places, blocks = _plan_rectangle(kinds, kind, rows, past_length)
-        runs = _cut_runs(rows, length, past_length, valid, starts)
-        streams.append(Stream(rows.to(device), (kinds == kind).sum(dim=1).tolist(), places.to(device), blocks, runs))
+    language, vision = (_plan_stream(kinds, kind, past_length, valid, starts, device) for kind in (LANGUAGE, VISION))
     valid = None if valid is None else valid.to(device)
-    return Routing((batch, length), pieces, *streams, past_length + length, valid, starts)
+    return Routing((batch, length), pieces, language, vision, past_length + length, valid, starts)
 
 
 def packed_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
@@ -192,6 +187,14 @@ def packed_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
     places = torch.arange(1, position_ids.shape[1], device=position_ids.device)
     starts = torch.where(begins, places, 0).cummax(dim=1).values
     return torch.nn.functional.pad(starts, (1, 0))
+
+
+def _plan_stream(kinds, kind, past_length, valid, starts, device):
+    """The [`Stream`] of one kind of rows; all of its plan but `rows` and `places` stays on the host."""
+    rows = (kinds == kind).flatten().nonzero().squeeze(1)
+    places, blocks = _plan_rectangle(kinds, kind, rows, past_length)
+    runs = _cut_runs(rows, kinds.shape[1], past_length, valid, starts)
+    return Stream(rows.to(device), (kinds == kind).sum(dim=1).tolist(), places.to(device), blocks, runs)
 
 
 def _plan_rectangle(kinds, kind, rows, past_length):

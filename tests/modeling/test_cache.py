@@ -214,3 +214,16 @@ class TestCompiled:
         expected = MODEL.generate(prompt, **how)
         actual = MODEL.generate(prompt, **how, cache_implementation="static", compile_config=compile_config)
         assert torch.equal(actual, expected)
+
+
+def test_wrong_input_leaves_the_cache_as_it_was():
+    """A refused turn does not cost the conversation."""
+    cache = DynamicCache(config=CONFIG)
+    run(MODEL, PREFIX, cache)
+    with pytest.raises(ValueError, match="broken image block"):
+        run(MODEL, [*SECOND[:3], 7], cache)
+    with pytest.raises(ValueError, match="image_features holds 2 images"):
+        run(MODEL, SECOND, cache, make_features(CONFIG, 2))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        run(MODEL, SECOND, cache, attention_mask=torch.ones(1, len(SECOND)))
+    assert_continues(MODEL, cache, [PREFIX], SECOND)

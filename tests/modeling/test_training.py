@@ -6,8 +6,18 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.modeling.toys import assert_same, make_config, make_features, make_model, make_rows, pad
+from tests.modeling.toys import (
+    NEWLINE,
+    assert_same,
+    make_config,
+    make_features,
+    make_image,
+    make_model,
+    make_rows,
+    pad,
+)
 
 
 @pytest.fixture
@@ -177,3 +187,57 @@ def test_lora_generates_images(adapted, toy_config):
     prompt = torch.tensor([[1, 5, toy_config.boi_token_id]])
     new = adapted.generate(input_ids=prompt, do_sample=False, max_new_tokens=6)[0, 3:].tolist()
     assert new[4:] == [toy_config.eoi_token_id, toy_config.newline_token_id]
+
+
+class CountBackward(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.multiply_adds = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.multiply_adds += args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def backward_multiply_adds(model, **inputs):
+    loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
+    with CountBackward() as count:
+        loss.backward()
+    return count.multiply_adds
+
+
+def test_a_frozen_language_model_is_not_differentiated(toy_config):
+    """Its rows pass gradients on to the images they read, and in the first layer not even that: their input is constant."""
+    model = make_model(toy_config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision" in name)
+    row = [1, *make_image(toy_config), NEWLINE, 5, 6, 7]
+    ids = torch.tensor([row])
+    text = toy_config.text_config
+    hidden, inner, keys, heads = text.hidden_size, text.intermediate_size, 16, text.vocab_size
+    language, vision = 5, 6
+    per_row = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner
+    first_layer_inputs = hidden * hidden + 2 * hidden * keys  # q, k, v of constant rows
+    language_cost = (
+        language * (2 * per_row - first_layer_inputs) + 3 * hidden * heads
+    )  # three of its rows are supervised
+    low_rank = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
+    low_rank += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    expert = 2 * 2 * sum((a + b) * (b // toy_config.expert_down_ratio) for a, b in low_rank)  # two layers, dX and dW
+    bridges = 2 * toy_config.bridge_rank * (hidden + keys)
+    bridge_cost = 2 * 2 * bridges * (vision + language) - language * 2 * toy_config.bridge_rank * hidden
+    hybrid = 2 * vision * hidden * (hidden + toy_config.feature_size)
+    codes = 2 * 5 * 2 * 8 * hidden  # five supervised codes and EOI, two heads of 8
+    expected = language_cost + vision * expert + bridge_cost + hybrid + codes
+    assert backward_multiply_adds(model, input_ids=ids) == expected
+
+
+def test_text_beside_a_frozen_language_model_is_not_differentiated_at_all(toy_config):
+    model = make_model(toy_config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision" in name)
+    head = 3 * 32 * 50  # the gradient of three rows, which ends there
+    assert backward_multiply_adds(model, input_ids=torch.tensor([[1, 5, 9, 8]])) == head
