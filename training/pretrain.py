@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from trl import TrlParser
 
 from processing.processing_libra import LibraProcessor
@@ -25,6 +25,7 @@ from processing.processing_libra import LibraProcessor
 from .checkpoints import last_checkpoint
 from .data import DataArguments, load_caption_data
 from .init_libra import init_libra
+from .loss_terms import LossTermsTrainer
 
 
 @dataclass
@@ -139,7 +140,7 @@ def freeze_language_model(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(p.numel() for p in model.parameters()) - trainable
 
 
-class LibraPretrainer(Trainer):
+class LibraPretrainer(LossTermsTrainer):
     """
     A Trainer that tokenizes images on the device, in batches, and logs the losses of both modalities apart.
 
@@ -153,7 +154,6 @@ class LibraPretrainer(Trainer):
         super().__init__(model=model, processing_class=processing_class, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is already a mean over its micro-batch
         processing_class.image_tokenizer.to(self.args.device).eval()
-        self._loss_parts: dict[str, list[torch.Tensor]] = {"text_loss": [], "vision_loss": []}
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -165,20 +165,10 @@ class LibraPretrainer(Trainer):
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's own loss; its parts are kept for the log."""
+        """The model's own loss; that of each modality is kept for the log."""
         outputs = model(**inputs, use_cache=False)
-        for name, values in self._loss_parts.items():
-            values.append(outputs[name].detach())
+        self.keep_terms({name: outputs[name] for name in ("text_loss", "vision_loss")})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean losses of each modality since the last log."""
-        prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
-        for name, values in self._loss_parts.items():
-            if values:
-                logs[prefix + name] = round(torch.stack(values).mean().item(), 4)
-                values.clear()
-        super().log(logs, start_time)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer_utils import set_seed
 from trl import TrlParser
 
@@ -24,6 +24,7 @@ from .checkpoints import last_checkpoint
 from .clip_evaluation import libra_features, probe_accuracy, zero_shot_accuracy
 from .clip_objective import NOTHING, ClipCollator, ClipObjective, train_text_tokenizer
 from .images import CLIP_MEAN, CLIP_STD, CaptionedFolder, to_pixel_values
+from .loss_terms import LossTermsTrainer
 from .teacher import TEACHER_WIDTH, load_features
 from .world.augment import Augmentation
 from .world.concepts import load_concepts, load_other_subjects, load_subjects, training_subjects
@@ -121,28 +122,20 @@ class FolderSamples(torch.utils.data.Dataset):
         return {"pixel_values": pixels, "caption": caption, "regions": [caption, None, None, None, None]}
 
 
-class ClipTrainer(Trainer):
-    """A [`Trainer`] that also logs the terms of the loss, averaged since the last log."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self._terms: dict[str, list[float]] = {}
+class ClipTrainer(LossTermsTrainer):
+    """A Trainer that also logs the terms of the loss, and the scale of the logits."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch; its terms are kept for the next log."""
         outputs = model(**inputs)
-        for name, value in outputs.items():
-            if name != "loss":
-                self._terms.setdefault(name, []).append(float(value))
+        self.keep_terms({name: value for name, value in outputs.items() if name != "loss"})
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log, with the terms of the loss added."""
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms of the loss and the scale of the logits."""
         if "loss" in logs:
-            logs |= {name: round(sum(values) / len(values), 4) for name, values in self._terms.items()}
             logs["logit_scale"] = round(self.model.clip.logit_scale.detach().exp().item(), 2)
-            self._terms.clear()
-        super().log(logs, *args, **kwargs)
+        super().log(logs, start_time)
 
 
 @dataclass

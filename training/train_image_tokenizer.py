@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalPrediction, set_seed
 from trl import TrlParser
 
@@ -27,6 +27,7 @@ from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 
 from .checkpoints import last_checkpoint
 from .images import CLIP_MEAN, CLIP_STD, CaptionedFolder, to_pixel_values
+from .loss_terms import LossTermsTrainer
 from .world.augment import Augmentation
 from .world.concepts import load_concepts, load_other_subjects, training_subjects
 from .world.icons import install_icons
@@ -140,7 +141,7 @@ def codebook_use(codes: Tensor, codebook_size: int) -> dict[str, float]:
     return found
 
 
-class ImageTokenizerTrainer(Trainer):
+class ImageTokenizerTrainer(LossTermsTrainer):
     """
     A Trainer for [`LibraImageTokenizer`]: adds the reconstruction terms to the loss of the quantizer, logs all terms.
 
@@ -154,7 +155,6 @@ class ImageTokenizerTrainer(Trainer):
         self.script = script
         self.model_accepts_loss_kwargs = False  # the loss is a mean over its batch
         self.label_names = ["pixel_values"]  # images are their own targets in evaluation
-        self._terms: dict[str, list[Tensor]] = {}
 
     def reconstruction_terms(
         self, model: LibraImageTokenizer, reconstruction: Tensor, pixels: Tensor
@@ -190,16 +190,8 @@ class ImageTokenizerTrainer(Trainer):
         terms |= {name: outputs[name] for name in ("per_sample_entropy", "codebook_entropy", "commitment")}
         scores = psnr(outputs.reconstruction.detach(), clip_to_unit(pixels))  # (n,)
         terms["psnr"] = scores.mean()
-        for name, term in terms.items():
-            self._terms.setdefault(name, []).append(term.detach())
+        self.keep_terms(terms)
         return (loss, {"loss": loss, "psnr": scores, "codes": outputs.codes}) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with the means of the terms since the last log."""
-        if "loss" in logs:
-            logs |= {name: round(torch.stack(values).mean().item(), 4) for name, values in self._terms.items()}
-        self._terms.clear()
-        super().log(logs, start_time)
 
 
 def early_features(model: LibraImageTokenizer, pixels: Tensor, layer: int) -> Tensor:

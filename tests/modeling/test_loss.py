@@ -1,9 +1,18 @@
-"""The unified loss, computed by hand from the logits; what is never supervised; labels that are refused."""
+"""The unified loss, by hand from the logits and in chunks; what is never supervised; labels that are refused."""
+
+import copy
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from modeling_libra import loss_libra
 from modeling_libra.image_blocks_libra import codebook_entries
+from modeling_libra.loss_libra import summed_cross_entropy
 from tests.modeling.toys import NEWLINE, make_config, make_features, make_image, make_model, make_rows, pad
 
 CONFIG = make_config()
@@ -126,6 +135,118 @@ def test_accumulated_batches_are_one_batch(toy_model, batch):
 def test_loss_of_a_half_precision_model_is_float32(batch):
     model = make_model(CONFIG).to(torch.bfloat16)
     assert model(**batch, labels=supervise_everything(batch)).loss.dtype == torch.float32
+
+
+def trained(model, chunk, **inputs):
+    """Loss and gradients of a training step with `chunk` logits at a time."""
+    model.train().zero_grad()
+    with patch.object(loss_libra, "CHUNK_LOGITS", chunk):
+        output = model(**inputs)
+        output.loss.backward()
+    return output.loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_step(actual, expected, atol=1e-6):
+    torch.testing.assert_close(actual[0], expected[0])
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(actual[1][name], gradient, atol=atol, rtol=1e-4, msg=name)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    chunk=st.integers(1, 15 * V),
+    seed=st.integers(0, 99),
+    dropped=st.sampled_from([0.0, 0.5, 0.9]),
+    frozen=st.booleans(),
+)
+def test_chunks_of_any_size_are_one_batch(chunk, seed, dropped, frozen):
+    model = make_model(CONFIG, seed=seed)
+    model.lm_head.requires_grad_(not frozen)
+    input_ids, mask = pad(make_rows(CONFIG))
+    labels = input_ids.masked_fill(mask == 0, -100)
+    drop = torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) < dropped
+    drop[0, -1] = False  # one target at least
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels.masked_fill(drop, -100)}
+    inputs["image_features"] = make_features(CONFIG, 3, seed)
+    assert_same_step(trained(model, chunk, **inputs), trained(model, 10**9, **inputs))
+
+
+def test_chunks_under_autocast(toy_model, batch):
+    inputs = batch | {"labels": supervise_everything(batch)}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_step(trained(toy_model, 3 * V, **inputs), trained(toy_model, 10**9, **inputs), atol=1e-2)
+
+
+def test_chunks_of_a_half_precision_model(batch):
+    """Sums in float32, gradients in the dtype of the model."""
+    model = make_model(CONFIG).to(torch.bfloat16)
+    inputs = batch | {"labels": supervise_everything(batch)}
+    chunked, whole = trained(model, 3 * V, **inputs), trained(model, 10**9, **inputs)
+    assert chunked[0].dtype == torch.float32
+    assert {gradient.dtype for gradient in chunked[1].values()} == {torch.bfloat16}
+    assert_same_step(chunked, whole, atol=1e-2)
+
+
+def test_chunks_recompute_the_same_dropout(batch):
+    """As adapters on a head may have it: the gradient is that of the masks that were drawn in forward."""
+    head = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, V))
+    rows, targets = torch.randn(10, 8), torch.arange(10)
+    gradients = []
+    for again in (loss_libra.checkpoint, lambda function, *args, use_reentrant: function(*args)):
+        torch.manual_seed(0)
+        head.zero_grad()
+        with patch.multiple(loss_libra, CHUNK_LOGITS=3 * V, checkpoint=again):
+            summed_cross_entropy(head, rows, targets, V).backward()
+        gradients.append(head[1].weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("rows", "training", "calls"),
+    [
+        pytest.param(10, True, [3, 3, 3, 1, 3, 3, 3], id="all but the last again"),
+        pytest.param(3, True, [3], id="one chunk"),
+        pytest.param(0, True, [0], id="no rows, but in the graph"),
+        pytest.param(10, False, [3, 3, 3, 1], id="evaluation"),
+    ],
+)
+def test_rows_a_head_is_called_with(rows, training, calls):
+    head, seen = nn.Linear(8, V), []
+    head.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    with patch.object(loss_libra, "CHUNK_LOGITS", 3 * V + 1), torch.set_grad_enabled(training):
+        total = summed_cross_entropy(head, torch.randn(rows, 8), torch.zeros(rows, dtype=torch.long), V)
+    if training:
+        total.backward()
+        assert head.weight.grad.any() == (rows > 0)
+    assert seen == calls
+    assert (total > 0) == (rows > 0)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_chunks_in_distributed_training(toy_model, batch):
+    """Every parameter gets its gradient once a step, on batches of one modality too, else the next step is refused."""
+    labels = supervise_everything(batch)
+    distributed = DistributedDataParallel(copy.deepcopy(toy_model))
+    text_row = {"input_ids": torch.tensor([[1, 6, 7, 8, 9]])}
+    steps = [
+        batch | {"labels": labels},
+        text_row | {"labels": text_row["input_ids"]},
+        batch | {"labels": labels.masked_fill(labels < V, -100)},
+        batch | {"labels": labels},
+    ]
+    for inputs in steps:
+        expected = trained(toy_model, 10**9, **inputs)
+        assert len(expected[1]) == len(list(toy_model.parameters()))
+        loss, gradients = trained(distributed, 3 * V, **inputs)
+        assert_same_step((loss, {name.removeprefix("module."): g for name, g in gradients.items()}), expected)
 
 
 ROW = [1, 5, *IMAGE, NEWLINE, 7]

@@ -159,6 +159,29 @@ def test_only_the_vision_system_is_trainable(libra):
     assert frozen == sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel()
 
 
+def test_the_frozen_language_model_has_no_optimizer_state(libra, data, tmp_path):
+    model, processor = libra
+    freeze_language_model(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=0.01, remove_unused_columns=False,
+        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = LibraPretrainer(
+        model, processor, args=args, data_collator=PretrainCollator(processor), train_dataset=load_caption_data(data)[0]
+    )
+    trainer.train()
+    assert {"text_loss", "vision_loss"} <= trainer.state.log_history[0].keys()
+    vision = {name for name in before if "vision" in name}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = trainer.optimizer.state_dict()["state"]
+    assert len(state) == len(vision)
+    given = {names[parameter] for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert given == vision
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in vision), name
+
+
 def test_conversations_supervise_answers_only(libra, data):
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
