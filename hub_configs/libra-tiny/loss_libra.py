@@ -4,8 +4,16 @@ from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .image_blocks_libra import codebook_entries
+
+CHUNK_LOGITS = 2**25
+"""
+Logits of one head that are alive at a time: 128 MB in float32, and as much again for their softmax and for its
+gradient. The rows of a chunk are this over the logits of a row: 1048 rows of a vocabulary of 32000. Fewer rows would
+make the products of the head less efficient, more would only take more memory.
+"""
 
 
 def libra_loss(
@@ -20,7 +28,10 @@ def libra_loss(
 ) -> dict[str, torch.Tensor]:
     """
     Next-token cross entropy: on a text target of the language head, on a vision target the mean of the codebooks'
-    terms; averaged over all supervised tokens of both modalities together. The heads run on supervised rows only.
+    terms; averaged over all supervised tokens of both modalities together.
+
+    The heads run on supervised rows only, `CHUNK_LOGITS` logits at a time, so the memory does not grow with vocabulary
+    times length; see [`summed_cross_entropy`].
 
     Never supervised, whatever their labels: BOI, the newline after an image (EOI predicts nothing), padding, and the
     token after left padding (BOS).
@@ -50,11 +61,19 @@ def libra_loss(
     text_rows = (supervised & ~is_vision).flatten().nonzero().squeeze(1)
     vision_rows = (supervised & is_vision).flatten().nonzero().squeeze(1)
 
-    text_logits = predict_text(hidden_states.index_select(0, text_rows)).float()  # (text targets, V)
-    text_sum = F.cross_entropy(text_logits, target.flatten()[text_rows], reduction="sum")
-    code_logits = predict_codes(hidden_states.index_select(0, vision_rows)).float()  # (vision targets, codebooks, size)
-    entries = codebook_entries(target.flatten()[vision_rows], config)  # (vision targets, codebooks)
-    vision_sum = F.cross_entropy(code_logits.flatten(0, 1), entries.flatten(), reduction="sum") / config.num_codebooks
+    text_sum = summed_cross_entropy(
+        predict_text,
+        hidden_states.index_select(0, text_rows),  # (text targets, hidden)
+        target.flatten()[text_rows],  # (text targets,)
+        config.text_vocab_size,
+    )
+    codes_sum = summed_cross_entropy(
+        predict_codes,
+        hidden_states.index_select(0, vision_rows),  # (vision targets, hidden)
+        codebook_entries(target.flatten()[vision_rows], config),  # (vision targets, num_codebooks)
+        config.num_codebooks * (config.codebook_size + 2),
+    )
+    vision_sum = codes_sum / config.num_codebooks
 
     count = len(text_rows) + len(vision_rows) if num_items_in_batch is None else num_items_in_batch
     return {
@@ -62,6 +81,41 @@ def libra_loss(
         "text_loss": text_sum.detach() / max(len(text_rows), 1),
         "vision_loss": vision_sum.detach() / max(len(vision_rows), 1),
     }
+
+
+def summed_cross_entropy(
+    head: Callable, rows: torch.Tensor, targets: torch.Tensor, logits_per_row: int
+) -> torch.Tensor:
+    """
+    The cross entropy of a head, summed over its rows, with the logits of one chunk of rows alive at a time.
+
+    A chunk's logits are freed once they are summed up, and computed again in backward: one more forward pass of the
+    head on its rows. The last chunk's are kept, for backward begins with them. So rows that fit in one chunk cost
+    nothing extra, and without gradients nothing is computed twice.
+
+    Args:
+        head (`Callable`): from `(rows, hidden)` to `(rows, classes)` or `(rows, codebooks, classes)`. It is called at
+            least once, with no row if there is none: DDP waits for its parameters.
+        rows (`torch.Tensor` of shape `(rows, hidden)`): what the head reads.
+        targets (`torch.LongTensor` of shape `(rows,)` or `(rows, codebooks)`): the class of each prediction.
+        logits_per_row (`int`): what the head makes of a row: classes, times codebooks.
+
+    Returns:
+        `torch.Tensor` of shape `()`: in float32; 0 without rows.
+    """
+    chunk_rows = max(1, CHUNK_LOGITS // logits_per_row)
+    *chunks, last = zip(rows.split(chunk_rows), targets.split(chunk_rows))
+    if torch.is_grad_enabled():
+        sums = [checkpoint(_chunk_cross_entropy, head, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        sums = [_chunk_cross_entropy(head, *chunk) for chunk in chunks]
+    return torch.stack([*sums, _chunk_cross_entropy(head, *last)]).sum()
+
+
+def _chunk_cross_entropy(head, rows, targets):
+    """The summed cross entropy of a head on a few rows, in float32."""
+    logits = head(rows).float().flatten(0, -2)  # (rows * codebooks, classes)
+    return F.cross_entropy(logits, targets.flatten(), reduction="sum")
 
 
 def _supervised_targets(input_ids, labels, attention_mask, config):
