@@ -29,7 +29,7 @@ from .cache_libra import BridgeMemory
 from .configuration_libra import LibraConfig
 from .generation_libra import LibraGenerationMixin, joint_code_logits
 from .image_blocks_libra import check_image_blocks, check_image_features, find_image_blocks
-from .layers_libra import LibraHybridEmbedding, LibraRoutedAttention, LibraRoutedLayer, LibraSequence
+from .layers_libra import LibraHybridEmbedding, LibraRMSNorm, LibraRoutedAttention, LibraRoutedLayer, LibraSequence
 from .loss_libra import libra_loss
 from .routing_libra import packed_starts, plan_routing
 
@@ -41,7 +41,7 @@ class LibraVisionModel(nn.Module):
         super().__init__()
         self.embedding = LibraHybridEmbedding(config)
         self.layers = nn.ModuleList(LibraRoutedLayer(config, i) for i in range(config.text_config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.text_config.hidden_size, eps=config.text_config.rms_norm_eps)
+        self.norm = LibraRMSNorm(config.text_config.hidden_size, eps=config.text_config.rms_norm_eps)
         self.sequence = LibraSequence()
 
 

@@ -26,6 +26,27 @@ from .image_blocks_libra import codebook_entries
 from .routing_libra import LowRankLinear, Routing
 
 
+class LibraRMSNorm(nn.Module):
+    """
+    RMSNorm of vision rows, computed in float32 as the LLM's, in fewer passes over the rows.
+
+    Args:
+        hidden_size (`int`): width of the rows.
+        eps (`float`): added to the mean of squares.
+    """
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """From `(..., hidden_size)` to the same shape and dtype."""
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (norm.square() / hidden_states.shape[-1] + self.eps).rsqrt()
+        return self.weight * (hidden_states * scale).to(hidden_states.dtype)
+
+
 class LibraVisionMLP(nn.Module):
     """The gated MLP of the visual expert: the LLM's, with low-rank maps."""
 
@@ -69,8 +90,8 @@ class LibraRoutedAttention(nn.Module):
         self.o_proj = LowRankLinear(query_size, text.hidden_size, text.hidden_size // ratio)
         self.has_head_norms = text.model_type == "qwen3"
         if self.has_head_norms:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=text.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=text.rms_norm_eps)
+            self.q_norm = LibraRMSNorm(self.head_dim, eps=text.rms_norm_eps)
+            self.k_norm = LibraRMSNorm(self.head_dim, eps=text.rms_norm_eps)
         self.use_bridge = config.use_bridge
         if config.use_bridge:
             bridge = (text.hidden_size, key_size, config.bridge_rank, True)
@@ -234,9 +255,9 @@ class LibraRoutedLayer(GradientCheckpointingLayer):
     def __init__(self, config: LibraConfig, layer_idx: int):
         super().__init__()
         hidden, eps = config.text_config.hidden_size, config.text_config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.input_layernorm = LibraRMSNorm(hidden, eps=eps)
         self.self_attn = LibraRoutedAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = LibraRMSNorm(hidden, eps=eps)
         self.mlp = LibraVisionMLP(config)
 
     def forward(
@@ -300,7 +321,7 @@ class LibraHybridEmbedding(nn.Module):
         self.embed_tokens = nn.ModuleList(
             nn.Embedding(config.codebook_size + 2, hidden // config.num_codebooks) for _ in range(config.num_codebooks)
         )
-        self.norm = nn.RMSNorm(hidden + config.feature_size, eps=config.text_config.rms_norm_eps)
+        self.norm = LibraRMSNorm(hidden + config.feature_size, eps=config.text_config.rms_norm_eps)
         self.proj = nn.Linear(hidden + config.feature_size, hidden, bias=False)
 
     def forward(
@@ -314,11 +335,19 @@ class LibraHybridEmbedding(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(vision tokens, hidden)`.
+
+        Raises:
+            ValueError: if there are more features than tokens, because the attention mask hides some of an image.
         """
         entries = codebook_entries(vision_ids, self.config)  # (tokens, codebooks)
         discrete = torch.cat([table(entries[:, k]) for k, table in enumerate(self.embed_tokens)], dim=-1)
         continuous = discrete.new_zeros(len(vision_ids), self.config.feature_size)  # (tokens, feature_size)
         if features is not None and featured is not None:
             places = featured.nonzero().squeeze(1)
+            if len(places) != features.shape[0] * features.shape[1]:
+                raise ValueError(
+                    f"image_features holds {features.shape[0] * features.shape[1]} patches, but attention_mask leaves "
+                    f"{len(places)} image tokens of whole images. It must be 1 on all tokens of these images."
+                )
             continuous.index_copy_(0, places, features.to(continuous).flatten(0, 1))
         return self.proj(self.norm(torch.cat([discrete, continuous], dim=-1)))

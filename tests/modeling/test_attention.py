@@ -191,6 +191,14 @@ def test_a_mask_for_other_tokens_is_refused():
         MODELS["llama"](input_ids=ids, attention_mask=torch.ones(1, 3))
 
 
+def test_a_mask_that_hides_part_of_an_image_is_refused():
+    ids = torch.tensor([make_rows(make_config())[0]])
+    mask = torch.ones_like(ids)
+    mask[0, 4] = 0
+    with pytest.raises(ValueError, match="holds 8 patches, but attention_mask leaves 7 image tokens"):
+        MODELS["llama"](input_ids=ids, attention_mask=mask, image_features=make_features(make_config(), 2))
+
+
 # What one attention costs. Nothing here is timed: operations and sizes are counted.
 
 LONG = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 1, "max_position_embeddings": 4096}
