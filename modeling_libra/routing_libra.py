@@ -97,6 +97,7 @@ class Routing(NamedTuple):
         valid (`torch.BoolTensor` of shape `(batch, total_length)`, *optional*): False on padding; `None` without any.
         starts (`torch.LongTensor` of shape `(batch, length)`, *optional*):
             The first place each token may look at, when several sequences are packed into one row.
+        triangles (`dict[torch.dtype, torch.Tensor]`): see [`Routing.triangle`].
     """
 
     shape: tuple[int, int]
@@ -106,6 +107,18 @@ class Routing(NamedTuple):
     total_length: int
     valid: torch.Tensor | None = None
     starts: torch.Tensor | None = None
+    triangles: dict[torch.dtype, torch.Tensor] | None = None
+
+    def triangle(self, queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+        """
+        The additive mask of `queries` that follow each other, the last of which sees the last of `keys`: `(1, 1, queries,
+        keys)`, 0 or -inf. All of them are the bottom right corner of one, which a forward makes once, two blocks high.
+        """
+        triangles = {} if self.triangles is None else self.triangles
+        if dtype not in triangles:
+            hidden = torch.full((2 * QUERY_BLOCK, self.total_length), float("-inf"), dtype=dtype)
+            triangles[dtype] = hidden.triu(self.total_length - 2 * QUERY_BLOCK + 1).to(self.language.rows.device)
+        return triangles[dtype][None, None, -queries:, -keys:]
 
     def unpack(self, language: torch.Tensor, vision: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """
@@ -167,7 +180,7 @@ def plan_routing(
         valid = None if valid.all() else valid | ~valid.any(dim=1, keepdim=True)
     language, vision = (_plan_stream(kinds, kind, past_length, valid, starts, device) for kind in (LANGUAGE, VISION))
     valid = None if valid is None else valid.to(device)
-    return Routing((batch, length), pieces, language, vision, past_length + length, valid, starts)
+    return Routing((batch, length), pieces, language, vision, past_length + length, valid, starts, triangles={})
 
 
 def packed_starts(position_ids: torch.Tensor) -> torch.Tensor | None:

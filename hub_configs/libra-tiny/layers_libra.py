@@ -9,6 +9,9 @@
 Rows of both modalities are two streams, packed without padding (see [`Routing`]): language rows `(language rows,
 hidden)` and vision rows `(vision rows, hidden)`. They meet in attention only. Without vision rows there is no routing at
 all: `(batch, length, hidden)` passes through the LLM's own modules.
+
+The last step of a sum or product is done in place where its left side is fresh: writing new memory costs as much as
+computing what goes into it.
 """
 
 from typing import Any
@@ -44,7 +47,7 @@ class LibraRMSNorm(nn.Module):
         """From `(..., hidden_size)` to the same shape and dtype."""
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (norm.square() / hidden_states.shape[-1] + self.eps).rsqrt()
-        return self.weight * (hidden_states * scale).to(hidden_states.dtype)
+        return (hidden_states * scale).to(hidden_states.dtype).mul_(self.weight)
 
 
 class LibraVisionMLP(nn.Module):
@@ -60,7 +63,8 @@ class LibraVisionMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """From `(rows, hidden)` to `(rows, hidden)`."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate = self.act_fn(self.gate_proj(hidden_states))
+        return self.down_proj(self.up_proj(hidden_states).mul_(gate))
 
 
 class LibraRoutedAttention(nn.Module):
@@ -196,11 +200,11 @@ class LibraRoutedAttention(nn.Module):
         language_latents = [bridge.A(language) for bridge in on_language]  # (language rows, bridge_rank) each
         vision_latents = [bridge.A(vision) for bridge in on_vision]
         read_language = [
-            plain + bridge.B(latent).view_as(plain)
+            bridge.B(latent).view_as(plain).add_(plain)
             for plain, bridge, latent in zip(plain_language, on_language, language_latents)
         ]
         read_vision = [
-            plain + bridge.B(latent).view_as(plain)
+            bridge.B(latent).view_as(plain).add_(plain)
             for plain, bridge, latent in zip(plain_vision, on_vision, vision_latents)
         ]
         return read_language, read_vision, [routing.unpack(*pair) for pair in zip(language_latents, vision_latents)]
@@ -291,8 +295,8 @@ class LibraRoutedLayer(GradientCheckpointingLayer):
         language = language + language_update
         language = language + language_layer.mlp(language_layer.post_attention_layernorm(language))
         if vision is not None:
-            vision = vision + vision_update
-            vision = vision + self.mlp(self.post_attention_layernorm(vision))
+            vision = vision_update.add_(vision)
+            vision = self.mlp(self.post_attention_layernorm(vision)).add_(vision)
         return language, vision
 
 
@@ -341,7 +345,7 @@ class LibraHybridEmbedding(nn.Module):
         """
         entries = codebook_entries(vision_ids, self.config)  # (tokens, codebooks)
         discrete = torch.cat([table(entries[:, k]) for k, table in enumerate(self.embed_tokens)], dim=-1)
-        continuous = discrete.new_zeros(len(vision_ids), self.config.feature_size)  # (tokens, feature_size)
+        hybrid = nn.functional.pad(discrete, (0, self.config.feature_size))  # (tokens, hidden + feature_size)
         if features is not None and featured is not None:
             places = featured.nonzero().squeeze(1)
             if len(places) != features.shape[0] * features.shape[1]:
@@ -349,5 +353,6 @@ class LibraHybridEmbedding(nn.Module):
                     f"image_features holds {features.shape[0] * features.shape[1]} patches, but attention_mask leaves "
                     f"{len(places)} image tokens of whole images. It must be 1 on all tokens of these images."
                 )
-            continuous.index_copy_(0, places, features.to(continuous).flatten(0, 1))
-        return self.proj(self.norm(torch.cat([discrete, continuous], dim=-1)))
+            continuous = hybrid[:, discrete.shape[1] :]
+            continuous.index_copy_(0, places, features.to(hybrid).flatten(0, 1))
+        return self.proj(self.norm(hybrid))
