@@ -111,7 +111,9 @@ def prefill_memory(settings: BenchSettings, is_libra: bool) -> PeakMemory:
     if prompt.image_features is not None:
         inputs["image_features"] = prompt.image_features
 
-    model(input_ids=build_prompt(config, [8], settings.seed).input_ids, use_cache=True)  # threads and kernels are set up before anything is counted
+    model(
+        input_ids=build_prompt(config, [8], settings.seed).input_ids, use_cache=True
+    )  # threads and kernels are set up before anything is counted
     resident = _resident_growth(lambda: model(**inputs))
     with LiveTensors() as live:
         model(**inputs)
