@@ -15,7 +15,7 @@ from . import counts
 from .counts import Rows
 from .measure import Run, Workload, better_run, cache_bytes, time_pairs
 from .memory import measure_prefill_memory
-from .models import Prompt, build_libra, build_llama, build_prompt
+from .models import Prompt, build_libra, build_llama, build_prompt, libra_config
 from .naive import largest_difference, naive_forward
 from .settings import BARS, BenchSettings, Shape
 
@@ -181,7 +181,7 @@ def _measure_cache(settings: BenchSettings) -> Figure:
 
 def _measure_memory(settings: BenchSettings) -> Figure:
     ours, bare = measure_prefill_memory(settings)
-    config = _build_pair(settings, settings.shape).libra.config
+    config = libra_config(settings, settings.shape)
     vision = settings.memory_images * settings.image_tokens
     libra, llama = counts.prefill_memory_floor(config, Rows(settings.memory_tokens - vision, vision))
     details: dict[str, Any] = {"resident": {"ours": ours.resident, "baseline": bare.resident, "ratio": None}}

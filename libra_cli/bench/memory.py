@@ -4,12 +4,16 @@ Two accounts, both of what a forward adds to weights and inputs, at its highest:
 
 - *tensors*: bytes of all live tensors, after every operation. The same on every machine and in every run, so this is
   the figure. It does not see what a kernel uses inside.
-- *resident*: the system's count of resident pages, where it can be asked (Linux). It sees everything, the habits of
-  the allocator included, and is shown beside the first.
+- *resident*: the system's count of resident pages, where it can be asked (Linux). It sees everything, and is shown
+  beside the first. By default glibc keeps freed blocks of up to 32 MiB, more or fewer from run to run; the processes
+  run with a fixed threshold, above which a freed block goes back to the system at once.
 """
 
 import gc
+import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +27,7 @@ from .models import build_libra, build_llama, build_prompt, libra_config, split_
 from .settings import BenchSettings
 
 _PROCESS = Path("/proc/self")
+_GLIBC_THRESHOLD = ("MALLOC_MMAP_THRESHOLD_", str(2**20))
 
 
 class PeakMemory(NamedTuple):
@@ -85,8 +90,22 @@ def measure_prefill_memory(settings: BenchSettings) -> tuple[PeakMemory, PeakMem
 
 
 def _in_fresh_process(settings, is_libra):
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with _environment(*_GLIBC_THRESHOLD), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(prefill_memory, settings, is_libra).result()
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable for processes started inside."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def test_libra_pretraining_step_is_counted():
     linear, _ = multiply_adds(lambda: libra(input_ids=ids, image_features=features, labels=ids).loss.backward())
     counted = counts.libra_pretraining_step(libra.config, ROWS.vision, ROWS.text - 1)
     counted -= 3 * counts.causal_attention(libra.config, SMALL.num_tokens)
-    assert linear == pytest.approx(counted, rel=0.03)  # BOS, and what is before the first trained weight, may come back
+    assert linear == pytest.approx(counted, rel=0.04)  # BOS, and what is before the first trained weight, may come back
 
 
 def test_expert_at_full_size():
