@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 
-.PHONY: help install test lint caption tiny
+.PHONY: help install test lint caption tiny bench
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -29,6 +29,9 @@ caption: $(RUNTIME)  ## Caption an image: make caption IMAGE=photo.png
 
 tiny: $(DEV)  ## Train libra-tiny from nothing; stages that are done are kept
 	$(BIN)/python -m training.tiny
+
+bench: $(RUNTIME)  ## Measure time and memory beside the bare language model
+	@$(BIN)/libra bench
 
 $(RUNTIME): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -9,7 +9,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+
+from .bench.settings import BARS, BenchSettings, Shape
 
 EXIT_USER_ERROR = 2
 """Exit code for wrong arguments, unreadable files and the like, as argparse has it."""
@@ -150,6 +153,46 @@ def _run_update_code(args: argparse.Namespace) -> None:
     print(f"Updated {args.folder}")
 
 
+def _add_bench(commands) -> None:
+    parser = commands.add_parser("bench", help="measure time and memory beside the bare language model")
+    default = BenchSettings()
+    parser.add_argument("--only", nargs="+", choices=tuple(BARS), metavar="FIGURE", help=f"of: {', '.join(BARS)}")
+    parser.add_argument("--json", metavar="FILE", help="file for all measurements")
+    for name, text in (
+        ("runs", "runs of each timed figure; the better one counts"),
+        ("pairs", "timings of each side in a run"),
+        ("threads", "threads torch computes with"),
+        ("num-tokens", "tokens of the prompt, one image included"),
+        ("memory-tokens", "tokens of the prompt whose peak memory is measured"),
+        ("memory-images", "images in it"),
+        ("vocab-size", "text vocabulary"),
+        ("num-heads", "attention heads"),
+        ("feature-size", "width of the CLIP features"),
+        ("image-grid", "patches along one side of an image"),
+    ):
+        value = getattr(default, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=_positive, default=value, help=f"{text} (default: {value})")
+    for name, text in (("shape", "the language model"), ("wide-shape", "that of the figure prefill-wide")):
+        value = getattr(default, name.replace("-", "_"))
+        parser.add_argument(
+            f"--{name}",
+            type=_shape,
+            default=value,
+            metavar="DxIxLAYERS",
+            help=f"hidden size, inner size and layers of {text} (default: {value})",
+        )
+    parser.add_argument("--seed", type=int, default=default.seed, help="of weights and prompts (default: %(default)s)")
+    parser.set_defaults(run=_run_bench)
+
+
+def _run_bench(args: argparse.Namespace) -> None:
+    settings = BenchSettings(**{field.name: getattr(args, field.name) for field in fields(BenchSettings)})
+    _quiet_transformers()
+    from .bench.report import run_benchmark
+
+    print(run_benchmark(settings, args.only, args.json))
+
+
 def _add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub id (default: $LIBRA_MODEL, or the libra-tiny of this checkout)")
 
@@ -170,6 +213,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _shape(text: str) -> Shape:
+    try:
+        return Shape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _quiet_transformers() -> None:
     """Keeps progress bars and advice out of the output, unless the user asks transformers for them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -179,7 +229,7 @@ def _quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-VERBS = (_add_caption, _add_chat, _add_convert, _add_export, _add_update_code)
+VERBS = (_add_caption, _add_chat, _add_convert, _add_export, _add_update_code, _add_bench)
 
 if __name__ == "__main__":
     sys.exit(main())
