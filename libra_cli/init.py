@@ -1,8 +1,8 @@
 """A fresh Libra from a plain language model and a CLIP: where pretraining starts.
 
 The language model is taken over unchanged, so text in and text out is its own, bit for bit. The vision system is new:
-see [`~modeling_libra.routing_libra.LowRankLinear`] for how it starts. Everything that can be checked from
-configurations, the tokenizer and the headers of weights is checked before any large weight is read.
+see [`~modeling_libra.routing_libra.LowRankLinear`] for how it starts. Configurations, tokenizer, newline and CLIP are
+checked before the language model is opened, and its names and shapes before any of its weights is read.
 """
 
 import os
