@@ -22,7 +22,8 @@ steps, and by how much the mean of 20 steps ever rose above its lowest value so 
 | embeddings of codes N(0, 1) | 1e-3 | 0.79 | 3.55 | 0.03 |
 | the last two together | 1e-3 | 0.77 | 3.55 | 0.03 |
 
-Plain N(0, 0.02) factors, whose products vanish, learn the codes more slowly; the other rows are no further from the first
+Plain N(0, 0.02) factors, whose products are seven times narrower, learn the codes more slowly; the other rows are no
+further from the first
 than its seeds from each other. So nothing is added to what a dense layer of a Llama starts from.
 """
 
