@@ -52,21 +52,46 @@ def load_libra(path: str | os.PathLike, **kwargs: Any) -> tuple[LibraForCausalLM
         ValueError: if the folder is not a Libra repository, or its weights do not fit its configuration.
         OSError: if files are missing, or the Hub cannot be reached.
     """
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a Libra repository: it has no config.json.")
-    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) != 2):
-        raise ValueError(f"There is no folder {str(path)!r}, and it is no Hub id such as 'organization/name' either.")
+    check_path(path)
     try:
         model, report = LibraForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     except OSError as error:
         raise OSError(f"No model could be loaded from {str(path)!r}: {error}") from error
-    # from_pretrained would fill the gaps with random numbers and only log it
-    problems = {kind: report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[kind]}
+    check_loaded(path, report)
+    return model.eval(), LibraProcessor.from_pretrained(path)
+
+
+def check_path(path: str | os.PathLike) -> None:
+    """
+    Refuses what is neither the folder of a model nor a Hub id.
+
+    Raises:
+        ValueError: if there is no such folder and it cannot be a Hub id, or the folder has no config.json.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not the repository of a model: it has no config.json.")
+    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) != 2):
+        raise ValueError(f"There is no folder {str(path)!r}, and it is no Hub id such as 'organization/name' either.")
+
+
+def check_loaded(path: str | os.PathLike, report: dict[str, Any], may_hold_more: bool = False) -> None:
+    """
+    Refuses weights that `from_pretrained` would only have logged: it fills gaps with random numbers.
+
+    Args:
+        path (`str` or `os.PathLike`): where the weights are, for the message.
+        report (`dict`): what `from_pretrained(..., output_loading_info=True)` returns.
+        may_hold_more (`bool`, *optional*, defaults to `False`): whether weights of other parts may lie there too.
+
+    Raises:
+        ValueError: naming weights that are missing, unknown or of a wrong shape.
+    """
+    kinds = ["missing_keys", "mismatched_keys"] + ([] if may_hold_more else ["unexpected_keys"])
+    problems = {kind: report[kind] for kind in kinds if report[kind]}
     if problems:
         details = "; ".join(f"{kind.replace('_', ' ')}: {_some(keys)}" for kind, keys in problems.items())
         raise ValueError(f"The weights in {path} are not those of its config.json ({details}).")
-    return model.eval(), LibraProcessor.from_pretrained(path)
 
 
 def to_accelerator(model: LibraForCausalLM, processor: LibraProcessor) -> tuple[LibraForCausalLM, LibraProcessor]:

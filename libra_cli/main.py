@@ -31,14 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
-        if args.traceback:
+    except Exception as error:
+        if args.traceback or not _is_user_error(error):
             raise
         print(f"libra: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _is_user_error(error: Exception) -> bool:
+    from huggingface_hub.errors import StrictDataclassError  # what configurations raise; not a ValueError
+
+    return isinstance(error, (ValueError, OSError, StrictDataclassError))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -116,6 +122,42 @@ def _run_convert(args: argparse.Namespace) -> None:
 
     folder = convert_release(args.src, args.dst, args.clip, _read_card(args), args.caption_prompt)
     print(f"Wrote {folder}")
+
+
+def _add_init(commands) -> None:
+    parser = commands.add_parser("init", help="put a fresh vision system on a language model")
+    parser.add_argument(
+        "llm", metavar="LLM", help="folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 with tokenizer"
+    )
+    parser.add_argument(
+        "clip", metavar="CLIP", help="folder or Hub id of a CLIP, a trained image tokenizer, or a Libra"
+    )
+    parser.add_argument("dst", metavar="DST", help="folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "--select-layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="hidden states of the CLIP that are an image's features, 0 = embeddings (default: those at the relative "
+        "depths of the paper's, which are 2 10 18 22 of 24)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the new parameters (default: 0)")
+    parser.add_argument("--card", type=Path, help="Markdown file to use as the model card")
+    parser.set_defaults(run=_run_init)
+
+
+def _run_init(args: argparse.Namespace) -> None:
+    _quiet_transformers()
+    from .init import has_trained_image_tokenizer, init_repo
+
+    fields = {} if args.select_layers is None else {"select_layers": args.select_layers}
+    print(f"Wrote {init_repo(args.llm, args.clip, args.dst, args.seed, _read_card(args), **fields)}")
+    if not has_trained_image_tokenizer(args.clip):
+        print(
+            "Its image tokenizer is untrained. Before pretraining, train one (python -m training.train_image_tokenizer) "
+            "and give its folder in place of the CLIP.",
+            file=sys.stderr,
+        )
 
 
 def _add_export(commands) -> None:
@@ -229,7 +271,7 @@ def _quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-VERBS = (_add_caption, _add_chat, _add_convert, _add_export, _add_update_code, _add_bench)
+VERBS = (_add_caption, _add_chat, _add_convert, _add_init, _add_export, _add_update_code, _add_bench)
 
 if __name__ == "__main__":
     sys.exit(main())

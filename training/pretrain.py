@@ -4,6 +4,10 @@ Launch, at tiny size:
 
     python -m training.pretrain --config training/configs/tiny/pretrain.yaml
 
+from what `libra init LLM CLIP DIR` wrote:
+
+    python -m training.pretrain --config my_pretrain.yaml --model DIR
+
 on several GPUs (nothing in it is special to one machine):
 
     accelerate launch -m training.pretrain --config my_pretrain.yaml
@@ -20,29 +24,33 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from trl import TrlParser
 
+from libra_cli.init import init_libra
+from libra_cli.loading import load_libra
+from modeling_libra import LibraForCausalLM
 from processing.processing_libra import LibraProcessor
 
 from .checkpoints import last_checkpoint
 from .data import DataArguments, load_caption_data
-from .init_libra import init_libra
 from .loss_terms import LossTermsTrainer
 
 
 @dataclass
 class PretrainArguments:
     """
-    What is pretrained.
+    What is pretrained: a whole Libra, or a fresh one made of its two parts.
 
     Args:
-        language_model (`str`): folder or Hub repo of the pretrained language model.
-        image_tokenizer (`str`): folder of the trained image tokenizer.
+        model (`str`, *optional*): folder or Hub repo of a Libra, such as `libra init` writes.
+        language_model (`str`, *optional*): folder or Hub repo of the pretrained language model.
+        image_tokenizer (`str`, *optional*): folder of the trained image tokenizer.
         text_to_image_fraction (`float`, *optional*, defaults to 0.0):
             Share of samples in which the image comes after its caption, without its continuous features, so that the
             model learns to draw.
     """
 
-    language_model: str = field(metadata={"help": "Folder or Hub repo of the pretrained language model."})
-    image_tokenizer: str = field(metadata={"help": "Folder of the trained image tokenizer."})
+    model: str = field(default="", metadata={"help": "Folder or Hub repo of a Libra."})
+    language_model: str = field(default="", metadata={"help": "Folder or Hub repo of the language model."})
+    image_tokenizer: str = field(default="", metadata={"help": "Folder of the trained image tokenizer."})
     text_to_image_fraction: float = field(
         default=0.0, metadata={"help": "Share of samples with the image after its caption, in [0, 1]."}
     )
@@ -50,6 +58,15 @@ class PretrainArguments:
     def __post_init__(self):
         if not 0 <= self.text_to_image_fraction <= 1:
             raise ValueError(f"text_to_image_fraction must be in [0, 1], found {self.text_to_image_fraction}.")
+        parts = (self.language_model, self.image_tokenizer)
+        if any(parts) if self.model else not all(parts):
+            raise ValueError("Pass either model, or language_model and image_tokenizer.")
+
+    def load(self, seed: int) -> tuple[LibraForCausalLM, LibraProcessor]:
+        """Model and processor; `seed` is that of the parameters of a fresh vision system."""
+        if self.model:
+            return load_libra(self.model)
+        return init_libra(self.language_model, self.image_tokenizer, seed)
 
 
 @dataclass
@@ -176,9 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = TrlParser((PretrainArguments, DataArguments, TrainingArguments))
     stage, data, args = parser.parse_args_and_config(arguments)
     args.remove_unused_columns = False
-    set_seed(args.seed)  # the fresh vision system is part of what a seed must reproduce
+    set_seed(args.seed)
     train_data, eval_data = load_caption_data(data)
-    model, processor = init_libra(stage.language_model, stage.image_tokenizer)
+    model, processor = stage.load(args.seed)
     trainable, frozen = freeze_language_model(model)
     print(f"Training {trainable:,} parameters of the vision system; {frozen:,} of the language model are frozen.")
     trainer = LibraPretrainer(

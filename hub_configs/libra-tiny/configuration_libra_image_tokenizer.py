@@ -20,6 +20,12 @@ CLIP_VIT_L_14_336 = {
 }
 """The vision encoder of the authors' release."""
 
+RELEASED_SELECT_LAYERS = (2, 10, 18, 22)
+"""Hidden states of the 24 layers of that encoder that make up its features."""
+
+RELEASED_CH_MULT = (1, 1, 2, 4, 8)
+"""Channel multipliers of the decoder that makes a patch of 14 x 14 pixels in four upsamplings."""
+
 
 @strict
 class LibraImageTokenizerConfig(PreTrainedConfig):
@@ -77,13 +83,13 @@ class LibraImageTokenizerConfig(PreTrainedConfig):
     sub_configs = {"vision_config": CLIPVisionConfig}
 
     vision_config: Any = None  # a dict or `CLIPVisionConfig` on the way in, a `CLIPVisionConfig` once initialized
-    select_layers: list[int] | tuple[int, ...] = (2, 10, 18, 22)
+    select_layers: list[int] | tuple[int, ...] = RELEASED_SELECT_LAYERS
     embed_dim: int = 1024
     num_codebooks: int = 2
     codebook_size: int = 512
     z_channels: int = 1024
     ch: int = 128
-    ch_mult: list[int] | tuple[int, ...] = (1, 1, 2, 4, 8)
+    ch_mult: list[int] | tuple[int, ...] = RELEASED_CH_MULT
     num_res_blocks: int = 2
     attn_resolutions: list[int] | tuple[int, ...] = (24,)
     num_attn_heads: int = 8
@@ -98,6 +104,40 @@ class LibraImageTokenizerConfig(PreTrainedConfig):
         elif isinstance(self.vision_config, dict):
             self.vision_config = CLIPVisionConfig(**self.vision_config)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def for_clip(cls, vision_config: dict[str, Any], **fields) -> "LibraImageTokenizerConfig":
+        """
+        The configuration around any CLIP vision encoder: that of the release, in proportion to the encoder.
+
+        - `select_layers`: the relative depths 2/24, 10/24, 18/24, 22/24, rounded.
+        - `ch_mult`: as many decoder levels as it takes doublings from one pixel to a patch, the coarsest ones as in the
+          release.
+        - `resolution`, `attn_resolutions`: the encoder's image size, its grid.
+
+        Args:
+            vision_config (`dict`): The configuration of the encoder.
+            fields: Fields of [`LibraImageTokenizerConfig`] other than `vision_config`; they win.
+
+        Returns:
+            [`LibraImageTokenizerConfig`]
+
+        Raises:
+            `ValueError`: If the images are not a square of whole patches, or the encoder has too few layers for four
+                different depths and `select_layers` is not given.
+        """
+        encoder = CLIPVisionConfig(**vision_config)
+        grid = _grid(encoder)
+        doublings = (encoder.patch_size - 1).bit_length()
+        finer = (RELEASED_CH_MULT[0],) * (doublings + 1 - len(RELEASED_CH_MULT))
+        defaults = {
+            "ch_mult": finer + RELEASED_CH_MULT[-(doublings + 1) :],
+            "resolution": encoder.image_size,
+            "attn_resolutions": (grid,),
+        }
+        if "select_layers" not in fields:
+            defaults["select_layers"] = _relative_layers(encoder.num_hidden_layers)
+        return cls(vision_config=vision_config, **{**defaults, **fields})
 
     @property
     def grid(self) -> int:
@@ -127,12 +167,7 @@ class LibraImageTokenizerConfig(PreTrainedConfig):
         self._validate_decoder()
 
     def _validate_encoder(self):
-        image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
-        if not isinstance(image_size, int) or not isinstance(patch_size, int) or image_size % patch_size != 0:
-            raise ValueError(
-                f"vision_config.image_size must be an integer multiple of vision_config.patch_size, "
-                f"got image_size={image_size} and patch_size={patch_size}."
-            )
+        _grid(self.vision_config)
         depth = self.vision_config.num_hidden_layers
         if not self.select_layers or not all(0 <= layer <= depth for layer in self.select_layers):
             raise ValueError(
@@ -167,6 +202,29 @@ class LibraImageTokenizerConfig(PreTrainedConfig):
                 f"A decoder of one level does not upsample: resolution must be the grid ({self.grid}), got "
                 f"{self.resolution}. Add levels to ch_mult."
             )
+
+
+def _grid(encoder: CLIPVisionConfig) -> int:
+    """Patches per side of the square image an encoder reads."""
+    image_size, patch_size = encoder.image_size, encoder.patch_size
+    if not isinstance(image_size, int) or not isinstance(patch_size, int) or image_size % patch_size != 0:
+        raise ValueError(
+            f"vision_config.image_size must be an integer multiple of vision_config.patch_size, "
+            f"got image_size={image_size} and patch_size={patch_size}."
+        )
+    return image_size // patch_size
+
+
+def _relative_layers(depth: int) -> tuple[int, ...]:
+    """The layers at the release's relative depths in an encoder of `depth` layers."""
+    released_depth = CLIP_VIT_L_14_336["num_hidden_layers"]
+    layers = tuple(max(1, round(layer * depth / released_depth)) for layer in RELEASED_SELECT_LAYERS)
+    if len(set(layers)) < len(layers):
+        raise ValueError(
+            f"A CLIP of {depth} layers has no {len(layers)} different ones at the relative depths of the release; name "
+            "the hidden states to use with select_layers."
+        )
+    return layers
 
 
 __all__ = ["LibraImageTokenizerConfig"]

@@ -126,14 +126,15 @@ class LibraImageTokenizer(PreTrainedModel):
 
         Args:
             clip (`str`, `os.PathLike` or `CLIPVisionModel`): The encoder, or where `from_pretrained` finds it.
-            config_kwargs: Fields of [`LibraImageTokenizerConfig`] other than `vision_config`.
+            config_kwargs: Fields of [`LibraImageTokenizerConfig`] other than `vision_config`; the others are the
+                release's, in proportion to the encoder (see [`~LibraImageTokenizerConfig.for_clip`]).
 
         Raises:
             `ValueError`: If the sizes in `config_kwargs` do not fit the encoder.
         """
         if isinstance(clip, (str, os.PathLike)):
             clip = CLIPVisionModel.from_pretrained(clip)
-        model = cls(LibraImageTokenizerConfig(vision_config=clip.config.to_dict(), **config_kwargs))
+        model = cls(LibraImageTokenizerConfig.for_clip(clip.config.to_dict(), **config_kwargs))
         model.load_clip(clip.state_dict())
         return nn.Module.to(model, dtype=clip.dtype)
 

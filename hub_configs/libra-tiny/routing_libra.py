@@ -259,6 +259,12 @@ class LowRankLinear(nn.Module):
     """
     A linear map of rank `rank` without bias, `x -> B(A(x))`: the building block of expert and bridge.
 
+    It starts as wide as the dense map it stands for: the elements of the product `B A` have the standard deviation
+    `text_config.initializer_range`, and the inner width has the scale of the input. So the expert begins as a fresh layer
+    of the language model would: every layer adds to the vision rows by the same measure, and gets a gradient of the
+    same size, whatever the width. The bridge begins closed: text and images read each other through plain keys and
+    values, until its B, which has a gradient from the first step on, opens it.
+
     Args:
         in_features (`int`): width of the input.
         out_features (`int`): width of the output.

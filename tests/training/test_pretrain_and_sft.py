@@ -5,13 +5,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, TrainingArguments
 
+from libra_cli.init import init_libra
 from modeling_libra import LibraForCausalLM
 from processing.image_processing_libra import LibraImageProcessor
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 from processing.processing_libra import LibraProcessor
 from training import pretrain, sft, train_llm
 from training.data import DataArguments, load_caption_data, load_conversations
-from training.init_libra import init_libra
 from training.pretrain import LibraPretrainer, PretrainCollator, freeze_language_model
 
 LLM = """
