@@ -92,7 +92,8 @@ def libra_forward(config: LibraConfig, rows: Rows, head_rows: Rows = LAST_ROW) -
     """
     Libra with a cache: every row through the weights of its modality, one attention.
 
-    Of the bridge, text alone needs the latents only.
+    Of the bridge, text alone needs the latents only. Where only the last row gets logits and there is an image, the last
+    layer computes keys and values of all rows, and of the last row the rest.
 
     Args:
         config ([`LibraConfig`]): the model's.
@@ -104,13 +105,24 @@ def libra_forward(config: LibraConfig, rows: Rows, head_rows: Rows = LAST_ROW) -
     """
     bridge = bridge_layer(config) if rows.vision else bridge_latents_layer(config)
     layer = rows.text * language_layer(config) + rows.vision * expert_layer(config) + sum(rows) * bridge
+    skipped = last_layer_rest(config, rows) if rows.vision and head_rows == LAST_ROW else 0
     return (
         config.text_config.num_hidden_layers * layer
         + causal_attention(config, sum(rows))
+        - skipped
         + rows.vision * hybrid_embedding(config)
         + head_rows.text * text_head(config)
         + head_rows.vision * vision_heads(config)
     )
+
+
+def last_layer_rest(config: LibraConfig, rows: Rows) -> int:
+    """What the last layer does for all rows but the last, which is text, beside their keys and values."""
+    hidden, tokens = config.text_config.hidden_size, sum(rows)
+    text = (rows.text - 1) * (language_layer(config) - 2 * hidden * hidden)
+    key_and_value = 2 * (hidden // config.expert_down_ratio) * 2 * hidden
+    vision = rows.vision * (expert_layer(config) - key_and_value)
+    return text + vision + 2 * hidden * (tokens * (tokens + 1) // 2 - tokens)
 
 
 def naive_forward(config: LibraConfig, rows: Rows) -> int:
@@ -185,7 +197,7 @@ def step_floor(config: LibraConfig, cached: int) -> tuple[int, int, int]:
 
 def prefill_memory_floor(config: LibraConfig, rows: Rows) -> tuple[int, int]:
     """
-    Bytes alive at the peak of a prefill, which is in the last layer's MLP.
+    Bytes alive at the peak of a prefill: in the last layer's MLP, for Libra in the one before (see [`libra_forward`]).
 
     The bare LLM, as transformers writes it, holds per token: all keys and values, cos and sin, three inner activations
     (gate, up, their product) and four hidden states (embeddings, the layer's input, the residual, the normed input).
@@ -203,7 +215,8 @@ def prefill_memory_floor(config: LibraConfig, rows: Rows) -> tuple[int, int]:
     hidden, inner, tokens = text.hidden_size, text.intermediate_size, sum(rows)
     head_dim = hidden // text.num_attention_heads
     ours, bare, _ = cache_floor(config, tokens)
+    layers = text.num_hidden_layers
     return (
-        ours + BYTES * (2 * tokens * hidden + 3 * max(rows) * inner),
+        ours * (layers - 1) // layers + BYTES * (2 * tokens * hidden + 3 * max(rows) * inner),
         bare + BYTES * tokens * (4 * hidden + 2 * head_dim + 3 * inner),
     )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from modeling_libra import routing_libra
 from modeling_libra.routing_libra import QUERY_BLOCK, Block, Run, packed_starts, plan_routing
-from tests.modeling.kernels import running, use_flash
+from tests.modeling.implementations import running, use_flash
 from tests.modeling.toys import (
     FAMILIES,
     NEWLINE,
@@ -170,6 +170,28 @@ def test_streams_and_sequence(batch, past):
         assert places == stream.rows.tolist()
 
 
+@settings(max_examples=30, deadline=None)
+@given(batch=batches(), family=st.sampled_from(sorted(FAMILIES)), attention=st.sampled_from(["sdpa", *OTHERS]))
+def test_the_last_token_alone(batch, family, attention):
+    """Where only the last token is asked for, the last layer computes nothing else; it gives the same, cache included."""
+    ids, mask, _ = batch
+    if not (ids >= MODELS[family].config.text_vocab_size).any():
+        return
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    last, whole = (outputs(MODELS[family], attention, **inputs, logits_to_keep=kept) for kept in (1, 0))
+    real = mask[:, -1].bool()
+    wide = last.logits[real][:, 0, :50]  # an image's last token has scores over all ids; text's are -inf there
+    assert_same(wide, whole.logits[real][:, -1], 2e-5)
+    for ours, theirs in zip(last.past_key_values.layers, whole.past_key_values.layers, strict=True):
+        assert_same(ours.keys, theirs.keys, 2e-5)
+        assert_same(ours.values, theirs.values, 2e-5)
+    is_vision = (ids[:, -1] >= 50) & real
+    if is_vision.any():
+        everything = torch.zeros(*ids.shape, 2, 8)
+        everything[ids >= 50] = whole.vision_logits
+        assert_same(last.vision_logits, everything[is_vision, -1], 2e-5)
+
+
 def test_blocks_and_runs_by_hand(monkeypatch):
     monkeypatch.setattr(routing_libra, "QUERY_BLOCK", 3)
     is_vision = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 0]]).bool()
@@ -201,12 +223,12 @@ def test_a_mask_that_hides_part_of_an_image_is_refused():
 
 # What one attention costs. Nothing here is timed: operations and sizes are counted.
 
-LONG = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 1, "max_position_embeddings": 4096}
+LONG = {"hidden_size": 64, "intermediate_size": 176, "max_position_embeddings": 4096, "num_attention_heads": 2}
 
 
-def long_inputs(length=1536):
+def long_inputs(length=1536, layers=1):
     """A prompt of six images with text between, of about the given length."""
-    config = make_config(text=LONG | {"num_attention_heads": 2}, image_grid=14)
+    config = make_config(text=LONG | {"num_hidden_layers": layers}, image_grid=14)
     text = (length - 6 * (config.num_patches + 3)) // 6
     row = [1]
     for image in range(6):
@@ -231,15 +253,15 @@ class CountAttention(TorchDispatchMode):
 @pytest.mark.parametrize("cached", [False, True])
 def test_attention_costs_at_most_one_attention(cached):
     """No more scores than the bare LLM's over as many tokens; fewer, because blocks end their keys where they end."""
-    config, ids = long_inputs()
+    config, ids = long_inputs(layers=2)
     model, bare = make_model(config), AutoModelForCausalLM.from_config(config.text_config).eval()
     counts = []
     for runs, tokens in ((model, ids), (bare, ids.clamp(max=49))):
         with torch.no_grad(), CountAttention() as count:
-            runs(input_ids=tokens, use_cache=cached, logits_to_keep=1)
+            runs(input_ids=tokens, use_cache=cached, logits_to_keep=2)
         counts.append(count.scores)
     ours, theirs = counts
-    assert theirs == 2 * ids.shape[1] ** 2
+    assert theirs == 2 * 2 * ids.shape[1] ** 2
     assert 0 < ours < 0.75 * theirs
 
 
@@ -248,7 +270,7 @@ def test_the_rows_of_both_streams_are_computed_once():
     config, ids = long_inputs()
     model = make_model(config)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        model.model(input_ids=ids, use_cache=False)
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     hidden, inner, down = 64, 176, config.expert_down_ratio
     key_size = hidden // 2 * config.text_config.num_key_value_heads
@@ -260,9 +282,15 @@ def test_the_rows_of_both_streams_are_computed_once():
     low_rank = sum((a + b) * (b // down) for a, b in maps)
     bridge = 2 * config.bridge_rank * (hidden + key_size)  # keys and values; every row is read by the other side
     hybrid = (hidden + config.feature_size) * hidden
-    heads = 50 * hidden
-    expected = language * (dense + bridge) + vision * (low_rank + bridge + hybrid) + heads
+    expected = language * (dense + bridge) + vision * (low_rank + bridge + hybrid)
     assert counted == 2 * expected
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    # One layer: of the expert keys and values, of the LLM these and one row (the last, which is text), and its head.
+    keys_and_values = language * 2 * hidden * key_size + vision * 2 * (hidden + key_size) * (key_size // down)
+    one_row = dense - 2 * hidden * key_size + 50 * hidden
+    expected = keys_and_values + one_row + (language + vision) * bridge + vision * hybrid
+    assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == 2 * expected
 
 
 class LargestTensor(TorchDispatchMode):
@@ -286,12 +314,12 @@ def test_nothing_quadratic(attention, padded, monkeypatch):
     config, ids = long_inputs()
     model, length = make_model(config), ids.shape[1]
     if attention == "flash_attention_2":
-        monkeypatch.setattr("tests.modeling.kernels.flash_attn_func", lambda query, *_, **__: query)
+        monkeypatch.setattr("tests.modeling.implementations.flash_attn_func", lambda query, *_, **__: query)
         use_flash(model, monkeypatch)
     mask = torch.ones_like(ids)
     mask[:, 0] = 0 if padded else 1
     with torch.no_grad(), LargestTensor() as prefill:
-        model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
+        model(input_ids=ids, attention_mask=mask, logits_to_keep=2)
     with LargestTensor() as training:
         model.train()(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(ids < 50, -100)).loss.backward()
     assert max(prefill.elements, training.elements) <= 2 * QUERY_BLOCK * length
@@ -302,5 +330,5 @@ def test_nothing_quadratic_would_be_seen():
     """The counter of the test above does find the square that eager attention makes."""
     config, ids = long_inputs()
     with torch.no_grad(), LargestTensor() as largest:
-        make_model(config, "eager")(input_ids=ids, logits_to_keep=1)
+        make_model(config, "eager")(input_ids=ids, logits_to_keep=2)
     assert largest.elements >= ids.shape[1] ** 2 / 2

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from modeling_libra import LibraForCausalLM
 from modeling_libra.conversion_libra import convert_config, convert_ids, convert_key, convert_state_dict
-from tests.modeling.kernels import running
+from tests.modeling.implementations import running
 from tests.modeling.toys import assert_same
 
 MODELS = ["lm", "lm_no_bridge"]
