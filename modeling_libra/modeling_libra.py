@@ -12,6 +12,7 @@ The language model is built from its own configuration and keeps its own paramet
 modality is read from its id and from nothing else.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -385,6 +386,18 @@ class LibraForCausalLM(LibraGenerationMixin, LibraPreTrainedModel, GenerationMix
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def save_vision_system(self, folder: str | os.PathLike, base_llm: str | os.PathLike, **kwargs) -> None:
+        """Saves the vision system without the language model: see [`~vision_system_libra.save_vision_system`]."""
+        from .vision_system_libra import save_vision_system
+
+        save_vision_system(self, folder, base_llm, **kwargs)
+
+    def load_vision_system(self, vision_system: str | os.PathLike) -> None:
+        """Puts a saved vision system in place of this one: see [`~vision_system_libra.replace_vision_system`]."""
+        from .vision_system_libra import replace_vision_system
+
+        replace_vision_system(self, vision_system)
 
     def predict_codes(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """

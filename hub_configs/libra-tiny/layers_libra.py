@@ -113,6 +113,7 @@ class LibraRoutedAttention(nn.Module):
         position_embeddings: Any,
         past_key_values: Cache | None = None,
         memory: BridgeMemory | None = None,
+        only_last: bool = False,
         **kwargs,
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
         """
@@ -125,13 +126,15 @@ class LibraRoutedAttention(nn.Module):
                 and one for the vision rows, `(rows, 1, head_dim)` each.
             past_key_values (`Cache`, *optional*): gets the language view.
             memory ([`BridgeMemory`], *optional*): of this cache, when there is a bridge.
+            only_last (`bool`, *optional*, defaults to `False`):
+                With a routing, whether only the last token of each row asks; all give their keys and values.
             kwargs: passed on to the LLM's attention when every row is language.
 
         Returns:
-            `tuple`: the pair of outputs, shaped as the inputs, and the attention weights `(batch, heads, length, keys)`
+            `tuple`: the pair of outputs, one for each row that asks, and the attention weights `(batch, heads, length, keys)`
             when the attention function gives them.
         """
-        if routing is None:
+        if routing is None or vision is None:
             if memory is not None:  # an image that follows will need them
                 on_language = self.k_bridge_on_language, self.v_bridge_on_language
                 memory.remember_latents(self.layer_idx, *(bridge.A(language) for bridge in on_language))
@@ -143,15 +146,19 @@ class LibraRoutedAttention(nn.Module):
             )
             return (output, None if vision is None else self._idle(vision)), weights
 
-        rotary = position_embeddings
-        language_query, *plain_language = self._project(language_attention, language)
-        vision_query, *plain_vision = self._project(self, vision)
+        rotary, asking_rotary = position_embeddings, position_embeddings
+        asking, asking_rows = routing, (language, vision)
+        if only_last and routing.last is not None:
+            asking, asking_rows = routing.last, routing.select_last(language, vision)
+            asking_rotary = [*zip(*(routing.select_last(*pair) for pair in zip(*rotary)))]
+        plain_language = self._keys_and_values(language_attention, language)
+        plain_vision = self._keys_and_values(self, vision)
         read_language, read_vision, latents = self._bridge(language, vision, routing, plain_language, plain_vision)
         key, value = self._view(plain_language, read_vision, rotary, routing)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        query = _rotate(language_query, rotary[0])
-        output, weights = attend(language_attention, query, key, value, routing.language, routing)
+        query = _rotate(self._queries(language_attention, asking_rows[0]), asking_rotary[0])
+        output, weights = attend(language_attention, query, key, value, asking.language, asking)
         language_output = language_attention.o_proj(output.flatten(1))
 
         if memory is not None:
@@ -160,17 +167,17 @@ class LibraRoutedAttention(nn.Module):
             key, value = self._rebuild_vision_view(key, value, latents, memory)
         elif self.use_bridge:
             key, value = self._view(read_language, plain_vision, rotary, routing)
-        query = _rotate(vision_query, rotary[1])
-        output, vision_weights = attend(language_attention, query, key, value, routing.vision, routing)
+        query = _rotate(self._queries(self, asking_rows[1]), asking_rotary[1])
+        output, vision_weights = attend(language_attention, query, key, value, asking.vision, asking)
         vision_output = self.o_proj(output.flatten(1))
         if weights is not None and vision_weights is not None:
             longer = weights.shape[-1] - vision_weights.shape[-1]  # the view of a static cache has its whole length
-            weights = routing.unpack(weights, nn.functional.pad(vision_weights, (0, longer))).transpose(1, 2)
+            weights = asking.unpack(weights, nn.functional.pad(vision_weights, (0, longer))).transpose(1, 2)
         return (language_output, vision_output), weights
 
     def _idle(self, vision):
         """Without vision rows in a batch of training: every parameter takes part with none, because DDP waits for it."""
-        query, *states = self._project(self, vision)
+        query, states = self._queries(self, vision), [*self._keys_and_values(self, vision)]
         if self.use_bridge:
             bridges = (
                 self.k_bridge_on_language,
@@ -181,15 +188,17 @@ class LibraRoutedAttention(nn.Module):
             states += [bridge(vision) for bridge in bridges]
         return self.o_proj(query.flatten(1) + sum(state.sum() for state in states))
 
-    def _project(self, attention, rows):
-        """Queries, plain keys and plain values of one stream by the projections of its side: `(rows, heads, head_dim)`."""
-        query, key, value = (
-            projection(rows).unflatten(-1, (-1, self.head_dim))
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    def _queries(self, attention, rows):
+        """Queries of one stream by the projection of its side: `(rows, heads, head_dim)`."""
+        query = attention.q_proj(rows).unflatten(-1, (-1, self.head_dim))
+        return attention.q_norm(query) if self.has_head_norms else query
+
+    def _keys_and_values(self, attention, rows):
+        """Plain keys and plain values, likewise: `(rows, key heads, head_dim)` each."""
+        key, value = (
+            projection(rows).unflatten(-1, (-1, self.head_dim)) for projection in (attention.k_proj, attention.v_proj)
         )
-        if self.has_head_norms:
-            query, key = attention.q_norm(query), attention.k_norm(key)
-        return query, key, value
+        return attention.k_norm(key) if self.has_head_norms else key, value
 
     def _bridge(self, language, vision, routing, plain_language, plain_vision):
         """Keys and values of each stream as the other modality reads them, and the bridge's latents in the sequence."""
@@ -270,6 +279,7 @@ class LibraRoutedLayer(GradientCheckpointingLayer):
         vision: torch.Tensor | None,
         language_layer: Any,
         routing: Routing | None,
+        only_last: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -280,18 +290,23 @@ class LibraRoutedLayer(GradientCheckpointingLayer):
                 Vision rows, packed. Without routing `None`, or no rows in training.
             language_layer (`nn.Module`): the LLM's decoder layer.
             routing ([`Routing`] or `None`): `None` when every row is language.
+            only_last (`bool`, *optional*, defaults to `False`):
+                With a routing, whether only the last token of each row goes on: what a prefill needs of the last layer.
             kwargs: passed on to [`LibraRoutedAttention`].
 
         Returns:
-            `tuple`: language and vision rows, shaped as they came.
+            `tuple`: language and vision rows, as they came or, with `only_last`, as in `routing.last`.
         """
         (language_update, vision_update), _ = self.self_attn(
             language_layer.input_layernorm(language),
             None if vision is None else self.input_layernorm(vision),
             language_layer.self_attn,
             routing,
+            only_last=only_last,
             **kwargs,
         )
+        if only_last and routing is not None and vision is not None:
+            language, vision = routing.select_last(language, vision)
         language = language + language_update
         language = language + language_layer.mlp(language_layer.post_attention_layernorm(language))
         if vision is not None:

@@ -12,6 +12,7 @@ The language model is built from its own configuration and keeps its own paramet
 modality is read from its id and from nothing else.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,9 @@ class LibraVisionModel(nn.Module):
         self.layers = nn.ModuleList(LibraRoutedLayer(config, i) for i in range(config.text_config.num_hidden_layers))
         self.norm = LibraRMSNorm(config.text_config.hidden_size, eps=config.text_config.rms_norm_eps)
         self.sequence = LibraSequence()
+
+
+RECORDED = ("hidden_states", "attentions")
 
 
 class LibraPreTrainedModel(PreTrainedModel):
@@ -107,6 +111,7 @@ class LibraModel(LibraPreTrainedModel):
         past_key_values: Cache | None = None,
         image_features: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        only_last: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         r"""
@@ -119,10 +124,13 @@ class LibraModel(LibraPreTrainedModel):
             image_features (`torch.FloatTensor` of shape `(images, patches, feature_size)`, *optional*):
                 CLIP features of the whole images of `input_ids`, in reading order over the batch. Absent: zeros.
             use_cache (`bool`, *optional*): whether to return `past_key_values`.
+            only_last (`bool`, *optional*, defaults to `False`):
+                Whether `last_hidden_state` may hold the last token of each row only. With images the last layer then
+                computes no more than that, and keys and values of the rest.
 
         Returns:
-            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, length, hidden)`, after the final norm of
-            each token's modality.
+            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(batch, length, hidden)`, or with `only_last` `(batch,
+            1, hidden)`, after the final norm of each token's modality.
 
         Raises:
             ValueError: for ids out of range, broken image blocks, or features that do not fit them.
@@ -162,6 +170,7 @@ class LibraModel(LibraPreTrainedModel):
 
         records = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
         for i, layer in enumerate(self.vision_model.layers):
+            is_last = layer is self.vision_model.layers[-1]
             if records:
                 self.vision_model.sequence(language, vision, routing)
             language, vision = layer(
@@ -175,8 +184,13 @@ class LibraModel(LibraPreTrainedModel):
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 memory=memory,
+                only_last=only_last and is_last,
                 **kwargs,
             )
+        if only_last and routing is None:
+            language = language[:, -1:]
+        elif only_last:
+            routing = routing.last
         language = self.language_model.norm(language)
         vision = None if vision is None else self.vision_model.norm(vision)
         return BaseModelOutputWithPast(
@@ -338,6 +352,7 @@ class LibraForCausalLM(LibraGenerationMixin, LibraPreTrainedModel, GenerationMix
         Raises:
             ValueError: for wrong input (see [`LibraModel.forward`]) and labels that no head can predict.
         """
+        records = any(kwargs.get(f"output_{kind}", getattr(self.config, f"output_{kind}", False)) for kind in RECORDED)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -345,6 +360,7 @@ class LibraForCausalLM(LibraGenerationMixin, LibraPreTrainedModel, GenerationMix
             past_key_values=past_key_values,
             image_features=image_features,
             use_cache=use_cache,
+            only_last=isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None and not records,
             **kwargs,
         )
         assert input_ids is not None  # the base model has refused None
@@ -370,6 +386,18 @@ class LibraForCausalLM(LibraGenerationMixin, LibraPreTrainedModel, GenerationMix
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def save_vision_system(self, folder: str | os.PathLike, base_llm: str | os.PathLike, **kwargs) -> None:
+        """Saves the vision system without the language model: see [`~vision_system_libra.save_vision_system`]."""
+        from .vision_system_libra import save_vision_system
+
+        save_vision_system(self, folder, base_llm, **kwargs)
+
+    def load_vision_system(self, vision_system: str | os.PathLike) -> None:
+        """Puts a saved vision system in place of this one: see [`~vision_system_libra.replace_vision_system`]."""
+        from .vision_system_libra import replace_vision_system
+
+        replace_vision_system(self, vision_system)
 
     def predict_codes(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """

@@ -98,6 +98,7 @@ class Routing(NamedTuple):
         starts (`torch.LongTensor` of shape `(batch, length)`, *optional*):
             The first place each token may look at, when several sequences are packed into one row.
         triangles (`dict[torch.dtype, torch.Tensor]`): see [`Routing.triangle`].
+        last ([`Routing`], *optional*): of the last token of each row alone, seeing what it sees here.
     """
 
     shape: tuple[int, int]
@@ -108,6 +109,14 @@ class Routing(NamedTuple):
     valid: torch.Tensor | None = None
     starts: torch.Tensor | None = None
     triangles: dict[torch.dtype, torch.Tensor] | None = None
+    last: "Routing | None" = None
+
+    def select_last(self, language: torch.Tensor, vision: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the packed rows of both streams those of `last`."""
+        assert self.last is not None
+        pairs = (self.language, self.last.language, language), (self.vision, self.last.vision, vision)
+        first, second = (packed[torch.searchsorted(stream.rows, last.rows)] for stream, last, packed in pairs)
+        return first, second
 
     def triangle(self, queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
         """
@@ -173,14 +182,26 @@ def plan_routing(
         valid = attention_mask.cpu() != 0
         kinds = kinds.cpu().masked_fill(~valid[:, past_length:], PADDING)
     kinds = kinds.cpu()
-    distinct, counts = torch.unique_consecutive(kinds.flatten(), return_counts=True)
-    # Each modality takes part even without rows: in training its parameters must be in the graph.
-    pieces = [*zip(distinct.tolist(), counts.tolist()), (LANGUAGE, 0), (VISION, 0)]
     if valid is not None:
         valid = None if valid.all() else valid | ~valid.any(dim=1, keepdim=True)
-    language, vision = (_plan_stream(kinds, kind, past_length, valid, starts, device) for kind in (LANGUAGE, VISION))
-    valid = None if valid is None else valid.to(device)
-    return Routing((batch, length), pieces, language, vision, past_length + length, valid, starts, triangles={})
+    device_valid = None if valid is None else valid.to(device)
+
+    def plan(kinds, shown, last=None):
+        language, vision = (
+            _plan_stream(kinds, kind, past_length, valid, starts, device) for kind in (LANGUAGE, VISION)
+        )
+        shape, total_length = (batch, shown.shape[1]), past_length + length
+        return Routing(shape, _cut_pieces(shown), language, vision, total_length, device_valid, starts, {}, last)
+
+    only_last = kinds.clone()
+    only_last[:, :-1] = PADDING
+    return plan(kinds, kinds, plan(only_last, kinds[:, -1:]))
+
+
+def _cut_pieces(kinds):
+    """`pieces` of a [`Routing`]. Each modality has one even without rows: in training its parameters must be in the graph."""
+    distinct, counts = torch.unique_consecutive(kinds.flatten(), return_counts=True)
+    return [*zip(distinct.tolist(), counts.tolist()), (LANGUAGE, 0), (VISION, 0)]
 
 
 def packed_starts(position_ids: torch.Tensor) -> torch.Tensor | None:

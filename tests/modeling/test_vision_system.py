@@ -291,3 +291,12 @@ def test_a_language_model_without_safetensors(saved):
     (saved.llm / "model.safetensors").unlink()
     with pytest.raises(OSError, match="A language model in safetensors is expected"):
         load_vision_system(saved.vision)
+
+
+def test_methods_of_the_model(tmp_path):
+    """What a model loaded as remote code has in place of the functions."""
+    llm = make_llm(tmp_path / "llm")
+    model, other = make_libra(llm, seed=1), make_libra(llm, seed=2)
+    model.save_vision_system(tmp_path / "vision", llm)
+    other.load_vision_system(tmp_path / "vision")
+    assert_same_model(other, model)
