@@ -120,7 +120,7 @@ class LibraModel(LibraPreTrainedModel):
                 Flat ids: text in `[0, V)`, image codes, BOI, EOI (see [`LibraConfig`]).
             attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*): 0 on padding.
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): image tokens count like text.
-            past_key_values (`Cache`, *optional*): any cache of transformers; it holds both views.
+            past_key_values (`Cache`, *optional*): any cache of transformers; see [`BridgeMemory`].
             image_features (`torch.FloatTensor` of shape `(images, patches, feature_size)`, *optional*):
                 CLIP features of the whole images of `input_ids`, in reading order over the batch. Absent: zeros.
             use_cache (`bool`, *optional*): whether to return `past_key_values`.
@@ -156,12 +156,10 @@ class LibraModel(LibraPreTrainedModel):
         is_vision = input_ids >= self.config.text_vocab_size
         routing, masks = None, attention_mask
         if self._needs_routing(is_vision):
-            routing = plan_routing(is_vision, attention_mask, past_length, starts)
+            routing = plan_routing(is_vision, attention_mask, past_length, starts, only_last)
         language, vision = self._embed(input_ids, image_features, routing, past_length)
-        if memory is not None:
-            memory.remember_tokens(
-                position_ids, is_vision
-            )  # after the last check: wrong input leaves the cache as it was
+        if memory is not None:  # after the last check: wrong input leaves the cache as it was
+            memory.remember_tokens(position_ids, is_vision)
         if routing is None and not isinstance(attention_mask, dict):
             masks = create_masks_for_generate(
                 self.config, language, attention_mask, past_key_values, position_ids=position_ids
@@ -178,9 +176,7 @@ class LibraModel(LibraPreTrainedModel):
                 vision,
                 self.language_model.layers[i],
                 routing,
-                attention_mask=masks[self._layer_types[i]]
-                if isinstance(masks, dict)
-                else masks,  # of text without images
+                attention_mask=masks[self._layer_types[i]] if isinstance(masks, dict) else masks,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 memory=memory,

@@ -154,6 +154,7 @@ def plan_routing(
     attention_mask: torch.Tensor | None = None,
     past_length: int = 0,
     starts: torch.Tensor | None = None,
+    with_last: bool = False,
 ) -> Routing:
     """
     Plans the two streams of a forward. This is the one place where the host waits for the device.
@@ -163,6 +164,7 @@ def plan_routing(
         attention_mask (`torch.Tensor` of shape `(batch, past_length + length)`, *optional*): 0 on padding.
         past_length (`int`, *optional*, defaults to 0): tokens in the cache.
         starts (`torch.LongTensor` of shape `(batch, length)`, *optional*): see [`Routing`].
+        with_last (`bool`, *optional*, defaults to `False`): whether to plan `last`, too.
 
     Returns:
         [`Routing`]
@@ -193,6 +195,8 @@ def plan_routing(
         shape, total_length = (batch, shown.shape[1]), past_length + length
         return Routing(shape, _cut_pieces(shown), language, vision, total_length, device_valid, starts, {}, last)
 
+    if not with_last:
+        return plan(kinds, kinds)
     only_last = kinds.clone()
     only_last[:, :-1] = PADDING
     return plan(kinds, kinds, plan(only_last, kinds[:, -1:]))
