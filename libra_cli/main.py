@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from .bench.settings import BARS, BenchSettings, Shape
@@ -195,6 +197,37 @@ def _run_update_code(args: argparse.Namespace) -> None:
     print(f"Updated {args.folder}")
 
 
+TRAINING_STAGES = {
+    "clip": "training.train_clip",
+    "llm": "training.train_llm",
+    "tokenizer": "training.train_image_tokenizer",
+    "pretrain": "training.pretrain",
+    "sft": "training.sft",
+}
+"""The module behind each stage of `libra train`."""
+
+
+def _add_train(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train: the image tokenizer, pretraining, instruction tuning",
+        description="Runs one stage of training; `libra train STAGE --help` lists its options. On several devices: "
+        "`accelerate launch -m training.pretrain`, with the same options.",
+    )
+    parser.add_argument("stage", choices=tuple(TRAINING_STAGES), help="what to train")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of the stage, such as --config FILE")
+    parser.set_defaults(run=_run_train)
+
+
+def _run_train(args: argparse.Namespace) -> None:
+    missing = [name for name in ("datasets", "trl", "peft") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"Training needs packages that are not installed: {', '.join(missing)}. Run: pip install 'libra-vlm[train]'"
+        )
+    import_module(TRAINING_STAGES[args.stage]).main(args.options)
+
+
 def _add_bench(commands) -> None:
     parser = commands.add_parser("bench", help="measure time and memory beside the bare language model")
     default = BenchSettings()
@@ -271,7 +304,7 @@ def _quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-VERBS = (_add_caption, _add_chat, _add_convert, _add_init, _add_export, _add_update_code, _add_bench)
+VERBS = (_add_caption, _add_chat, _add_convert, _add_init, _add_export, _add_update_code, _add_train, _add_bench)
 
 if __name__ == "__main__":
     sys.exit(main())
