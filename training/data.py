@@ -35,6 +35,9 @@ class DataArguments:
         single_fraction (`list[float]`, *optional*, defaults to `[0.5, 0.5]`): share of scenes with one object, at the
             beginning and the end of an epoch.
         augmentation (`dict`, *optional*): settings of [`~training.world.augment.Augmentation`].
+
+    Raises:
+        ValueError: if there are to be no training samples.
     """
 
     dataset: str = field(default="world", metadata={"help": "'world', or a folder."})
@@ -45,6 +48,10 @@ class DataArguments:
         default_factory=lambda: [0.5, 0.5], metadata={"help": "Share of singles at the beginning and the end."}
     )
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
+
+    def __post_init__(self):
+        if self.train_samples < 1:
+            raise ValueError(f"train_samples must be at least 1, found {self.train_samples}.")
 
 
 class CaptionSamples(Dataset):

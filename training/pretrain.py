@@ -22,16 +22,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
-from trl import TrlParser
 
 from libra_cli.init import init_libra
 from libra_cli.loading import load_libra
 from modeling_libra import LibraForCausalLM
 from processing.processing_libra import LibraProcessor
 
-from .checkpoints import last_checkpoint
 from .data import DataArguments, load_caption_data
 from .loss_terms import LossTermsTrainer
+from .run import StageParser, announce_run, run_training
 
 
 @dataclass
@@ -190,9 +189,10 @@ class LibraPretrainer(LossTermsTrainer):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the stage; `arguments` are those of the command line."""
-    parser = TrlParser((PretrainArguments, DataArguments, TrainingArguments))
+    parser = StageParser("pretrain", (PretrainArguments, DataArguments, TrainingArguments))
     stage, data, args = parser.parse_args_and_config(arguments)
     args.remove_unused_columns = False
+    announce_run(args, "pretrain")
     set_seed(args.seed)
     train_data, eval_data = load_caption_data(data)
     model, processor = stage.load(args.seed)
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset=train_data,
         eval_dataset=eval_data,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    run_training(trainer)
     trainer.save_model()
     processor.save_pretrained(args.output_dir)
 

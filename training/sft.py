@@ -16,13 +16,13 @@ in `output_dir` by itself.
 
 from dataclasses import dataclass, field
 
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import SFTConfig, SFTTrainer
 
 from modeling_libra import LibraForCausalLM
 from processing.processing_libra import LibraProcessor
 
-from .checkpoints import last_checkpoint
 from .data import DataArguments, load_conversations
+from .run import StageParser, announce_run, run_training
 
 
 @dataclass
@@ -42,10 +42,11 @@ class SFTArguments:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the stage; `arguments` are those of the command line."""
-    parser = TrlParser((SFTArguments, DataArguments, SFTConfig))
+    parser = StageParser("sft", (SFTArguments, DataArguments, SFTConfig))
     stage, data, args = parser.parse_args_and_config(arguments)
     args.remove_unused_columns = False  # the columns of the world appear when a sample is drawn
     args.assistant_only_loss = True
+    announce_run(args, "sft")
     train_data, eval_data = load_conversations(data)
     processor = LibraProcessor.from_pretrained(stage.model)
     processor.caption_prompt = stage.caption_prompt
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset=train_data,
         eval_dataset=eval_data,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    run_training(trainer)
     trainer.save_model()
     processor.save_pretrained(args.output_dir)
 

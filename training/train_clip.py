@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer_utils import set_seed
-from trl import TrlParser
 
-from .checkpoints import last_checkpoint
 from .clip_evaluation import libra_features, probe_accuracy, zero_shot_accuracy
 from .clip_objective import NOTHING, ClipCollator, ClipObjective, train_text_tokenizer
 from .images import CLIP_MEAN, CLIP_STD, CaptionedFolder, to_pixel_values
 from .loss_terms import LossTermsTrainer
+from .run import StageParser, announce_run, run_training
 from .teacher import TEACHER_WIDTH, load_features
 from .world.augment import Augmentation
 from .world.concepts import load_concepts, load_other_subjects, load_subjects, training_subjects
@@ -291,11 +290,14 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         `dict[str, float]`: The metrics, empty for a dataset other than the world.
 
     Raises:
-        ValueError: If the configuration does not say how large the images are.
+        ValueError: If the configuration does not say how large the images are, or how many scenes to draw.
     """
-    script, args = TrlParser((ClipArguments, TrainingArguments)).parse_args_and_config(arguments)
+    script, args = StageParser("clip", (ClipArguments, TrainingArguments)).parse_args_and_config(arguments)
     if "image_size" not in script.vision_config:
         raise ValueError("vision_config has no image_size. Set it, for instance to 96.")
+    if script.dataset == "world" and args.max_steps < 1:
+        raise ValueError("The world has as many scenes as the run needs: set max_steps, for instance to 3200.")
+    announce_run(args, "clip")
     set_seed(args.seed)
     source = Path(script.icons) if script.icons else None
     if script.dataset == "world":
@@ -321,7 +323,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         train_dataset=data.samples,
         data_collator=ClipCollator(tokenizer, data.candidates, teacher),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    run_training(trainer)
     save(objective.clip, tokenizer, Path(args.output_dir))
     if script.dataset != "world" or source is None:
         return {}

@@ -20,14 +20,13 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalPrediction, set_seed
-from trl import TrlParser
 
 from processing.image_processing_libra import LibraImageProcessor
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 
-from .checkpoints import last_checkpoint
 from .images import CLIP_MEAN, CLIP_STD, CaptionedFolder, to_pixel_values
 from .loss_terms import LossTermsTrainer
+from .run import StageParser, announce_run, run_training
 from .world.augment import Augmentation
 from .world.concepts import load_concepts, load_other_subjects, training_subjects
 from .world.icons import install_icons
@@ -54,6 +53,9 @@ class ImageTokenizerArguments:
         mse_weight (`float`, *optional*, defaults to 1.0): Weight of their squared error.
         perceptual_weight (`float`, *optional*, defaults to 0.1): Weight of the distance of frozen CLIP features.
         perceptual_layer (`int`, *optional*, defaults to 2): Hidden state of CLIP in which that distance is taken.
+
+    Raises:
+        ValueError: If there are to be no training samples.
     """
 
     clip: str = field(metadata={"help": "Folder or Hub repo of the CLIP vision tower."})
@@ -69,6 +71,10 @@ class ImageTokenizerArguments:
     mse_weight: float = field(default=1.0, metadata={"help": "Weight of the squared error."})
     perceptual_weight: float = field(default=0.1, metadata={"help": "Weight of the distance of CLIP features."})
     perceptual_layer: int = field(default=2, metadata={"help": "Hidden state in which that distance is taken."})
+
+    def __post_init__(self):
+        if self.train_samples < 1:
+            raise ValueError(f"train_samples must be at least 1, found {self.train_samples}.")
 
 
 class PixelSamples(Dataset):
@@ -262,8 +268,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     Returns:
         `dict[str, float]`: The metrics on new scenes of the training vendors, empty for a folder of one's own.
     """
-    script, args = TrlParser((ImageTokenizerArguments, TrainingArguments)).parse_args_and_config(arguments)
+    script, args = StageParser("tokenizer", (ImageTokenizerArguments, TrainingArguments)).parse_args_and_config(
+        arguments
+    )
     args.remove_unused_columns = False
+    announce_run(args, "tokenizer")
     set_seed(args.seed)
     model = LibraImageTokenizer.from_clip(script.clip, **script.tokenizer_config)
     if script.codes_of:
@@ -279,7 +288,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         eval_dataset=validation,
         compute_metrics=lambda prediction: measure(prediction, model.config.codebook_size),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    run_training(trainer)
     trainer.save_model()
     LibraImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
         args.output_dir

@@ -19,9 +19,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
-from trl import TrlParser
 
-from .checkpoints import last_checkpoint
+from .run import StageParser, announce_run, run_training
 from .text_tokenizer import save_llama_tokenizer, train_sentencepiece
 from .world.corpus import END, TextWorld, prompts_with_answers
 
@@ -165,7 +164,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     Returns:
         `dict[str, float]`: `eval_loss` in nats a token, and accuracies on the world's questions.
     """
-    script, args = TrlParser((LlmArguments, TrainingArguments)).parse_args_and_config(arguments)
+    script, args = StageParser("llm", (LlmArguments, TrainingArguments)).parse_args_and_config(arguments)
+    announce_run(args, "llm")
     set_seed(args.seed)
     train, validation = read_documents(script)
     model_config = {"max_position_embeddings": 512, **script.model_config}
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         train_dataset=PackedText(train, tokenizer, script.block_size),
         eval_dataset=PackedText(validation, tokenizer, script.block_size),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    run_training(trainer)
     trainer.save_model()
     metrics = {"eval_loss": round(trainer.evaluate()["eval_loss"], 4)}
     if script.dataset == "world" and script.eval_prompts:
