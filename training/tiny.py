@@ -55,7 +55,8 @@ STAGES = (
         "evaluate",
         (
             *("training.evaluate_tiny", "--model", "runs/tiny/libra-tiny", "--write-card"),
-            *("--output", "runs/tiny/evaluation.json"),
+            *("--output", "runs/tiny/evaluation.json", "--runs"),
+            *(f"runs/tiny/{name}" for name in ("clip", "tokenizer", "llm", "pretrain", "sft")),
         ),
         Path("runs/tiny/evaluation.json"),
     ),
