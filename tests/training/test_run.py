@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig
 
 from training import run
 from training.run import (
     Pace,
+    ProgressBar,
     StageParser,
     announce_run,
     describe_duration,
@@ -134,14 +135,17 @@ def test_a_line_a_log_and_the_history_in_the_end(tmp_path, capsys):
     assert [log["step"] for log in history] == [1, 2, 2, 3, 4, 4, 4]
 
 
-def test_a_run_goes_on_and_says_so(tmp_path, capsys):
+def test_a_run_goes_on_and_says_so(tmp_path, capsys, monkeypatch):
     run_training(make_trainer(make_args(tmp_path)))
     capsys.readouterr()
     args = make_args(tmp_path, max_steps=6)
     assert announced(capsys, args)["start"] == "from checkpoint-4, step 4"
+    clocks = []
+    monkeypatch.setattr(run, "Pace", lambda step: clocks.append(Pace(step)) or clocks[-1])
     run_training(make_trainer(args))
     steps = [line.split(" ")[1] for line in capsys.readouterr().out.splitlines()]
     assert steps[0] == "5/6"
+    assert [clock.step for clock in clocks] == [4]  # the steps before took no time of this run
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [log["step"] for log in history if "loss" in log] == [1, 2, 3, 4, 5, 6]
 
@@ -168,6 +172,17 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     lines = [line for line in captured.out.splitlines() if line.strip("\r ")]
     assert len(lines) == 7
     assert all(re.search(r"step \d/4 \(", line) for line in lines)
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_there(tmp_path):
+    bar, args, control = ProgressBar(), make_args(tmp_path), TrainerControl()
+    state = TrainerState(global_step=4, max_steps=6, is_world_process_zero=True)
+    bar.on_train_begin(args, state, control)
+    assert (bar.training_bar.initial, bar.training_bar.n) == (4, 4)
+    state.global_step = 5
+    bar.on_step_end(args, state, control)
+    assert (bar.training_bar.initial, bar.training_bar.n) == (4, 5)
+    bar.on_train_end(args, state, control)
 
 
 def test_no_bar_where_it_is_off_or_nobody_looks(tmp_path, capsys, monkeypatch):
