@@ -209,8 +209,8 @@ class Adversary:
         path = Path(checkpoint, CHECKPOINT_NAME)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{checkpoint} has no {CHECKPOINT_NAME}: that run had no discriminator (gan_weight 0). Go on with "
-                "gan_weight 0, or begin a run of its own in another output_dir."
+                f"{checkpoint} has no {CHECKPOINT_NAME}: it was written without a discriminator "
+                "(gan_weight 0 or save_only_model). Go on with gan_weight 0, or begin a run of its own in another output_dir."
             )
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.discriminator.load_state_dict(state["discriminator"])
