@@ -220,7 +220,7 @@ def _add_train(commands) -> None:
 
 
 def _run_train(args: argparse.Namespace) -> None:
-    missing = [name for name in ("datasets", "trl", "peft") if find_spec(name) is None]
+    missing = [name for name in ("datasets", "trl", "peft", "torchmetrics") if find_spec(name) is None]
     if missing:
         raise ValueError(
             f"Training needs packages that are not installed: {', '.join(missing)}. Run: pip install 'libra-vlm[train]'"
