@@ -24,9 +24,7 @@ from processing.processing_libra import LibraProcessor
 from .cards import model_card
 from .export import check_destination, new_folder, write_repo_files
 from .loading import load_generation_config
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from .weights import INDEX, SINGLE, broken, promised_weights, read_json, read_shapes, some
 
 
 class Shard(NamedTuple):
@@ -105,23 +103,10 @@ def read_headers(src: Path) -> list[Shard]:
     Raises:
         ValueError: if files are missing or broken, lack what the index promises, or hold unknown weights.
     """
-    promised: dict[str, set[str]] = {}
-    if (src / INDEX).is_file():
-        for key, name in _read_json(src / INDEX)["weight_map"].items():
-            promised.setdefault(name, set()).add(key)
-    elif (src / SINGLE).is_file():
-        promised[SINGLE] = set()
-    else:
-        raise ValueError(f"{src} has neither {INDEX} nor {SINGLE}; a release in safetensors is expected.")
-    absent = sorted(name for name in promised if not (src / name).is_file())
-    if absent:
-        raise ValueError(f"{src} lacks the shards {', '.join(absent)} that {INDEX} names. Is the download complete?")
+    promised = promised_weights(src)
     shards, unknown = [], []
     for name in sorted(promised):
-        shapes = _read_shapes(src / name)
-        lacking = sorted(promised[name] - shapes.keys())
-        if lacking:
-            raise ValueError(f"{src / name} lacks weights that {INDEX} promises: {_some(lacking)}.")
+        shapes = read_shapes(src / name, promised[name])
         keys = {}
         for key in shapes:
             try:
@@ -133,7 +118,7 @@ def read_headers(src: Path) -> list[Shard]:
                 keys[key] = new_key
         shards.append(Shard(src / name, keys, {keys[key]: shapes[key] for key in keys}))
     if unknown:
-        raise ValueError(f"{src} holds weights that are not part of the released Libra layout: {_some(unknown)}.")
+        raise ValueError(f"{src} holds weights that are not part of the released Libra layout: {some(unknown)}.")
     return [shard for shard in shards if shard.keys]
 
 
@@ -161,7 +146,7 @@ def check_weights(shards: list[Shard], expected: dict[str, tuple[int, ...]]) -> 
         "in more than one shard": [name for name, count in counts.items() if count > 1],
         "of a wrong shape": wrong,
     }
-    described = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    described = [f"{kind}: {some(names)}" for kind, names in problems.items() if names]
     if described:
         raise ValueError(f"The weights do not fit the released config.json. Weights {'; '.join(described)}.")
 
@@ -223,30 +208,10 @@ def read_weights(shard: Shard) -> dict[str, torch.Tensor]:
         with safe_open(shard.path, framework="pt") as file:
             return {name: file.get_tensor(key) for key, name in shard.keys.items()}
     except (SafetensorError, OSError) as error:
-        raise _broken(shard.path, error) from error
-
-
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _broken(path, error) from error
-
-
-def _broken(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is not a whole safetensors file ({error}). Is the download complete, and not a pointer?")
+        raise broken(shard.path, error) from error
 
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path.parent} is no released Libra folder: it has no {path.name}.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def _some(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return read_json(path)

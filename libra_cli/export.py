@@ -5,6 +5,7 @@ Such a folder loads with `trust_remote_code=True` where this package is not inst
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import processing
 from modeling_libra import LibraConfig, LibraForCausalLM
 from processing.processing_libra import LibraProcessor
 
+from .adapters import is_adapter
 from .cards import model_card
 from .loading import load_libra
 
@@ -58,7 +60,7 @@ CONFIGURATIONS = (
 )
 
 SHARD_SIZE = "5GB"
-"""Largest weights file; what the Hub recommends."""
+"""Largest weights file, unless the caller says otherwise: quick to send again when a transfer breaks."""
 
 
 def remote_code_files() -> list[Path]:
@@ -119,6 +121,17 @@ def check_destination(destination: str | os.PathLike) -> None:
         raise ValueError(f"{destination} exists and is not a folder; choose another name.")
 
 
+def check_shard_size(size: str) -> None:
+    """
+    Refuses what is no size of a file.
+
+    Raises:
+        ValueError: if it is not a number of bytes with a unit, such as `5GB`, or is zero.
+    """
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?(KB|MB|GB|TB)", size.upper()):
+        raise ValueError(f"The largest weights file is {size!r}; expected a number with KB, MB or GB, such as 5GB.")
+
+
 def write_repo_files(
     folder: Path,
     config: LibraConfig,
@@ -126,6 +139,7 @@ def write_repo_files(
     processor: LibraProcessor,
     card: str,
     weights_dtype: torch.dtype | None = None,
+    max_shard_size: str = SHARD_SIZE,
 ) -> None:
     """
     Writes everything of a repository but the weights of the language model with its vision system.
@@ -137,12 +151,13 @@ def write_repo_files(
         processor ([`LibraProcessor`]): is saved with the image tokenizer and its weights.
         card (`str`): becomes `README.md`.
         weights_dtype (`torch.dtype`, *optional*): dtype the image tokenizer's weights are stored in.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): largest file of the image tokenizer's weights.
     """
     config.save_pretrained(folder)
     generation_config.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    processor.save_pretrained(folder, max_shard_size=max_shard_size)
     if weights_dtype is not None:
-        save_weights(processor.image_tokenizer, folder / IMAGE_TOKENIZER_FOLDER, weights_dtype)
+        save_weights(processor.image_tokenizer, folder / IMAGE_TOKENIZER_FOLDER, weights_dtype, max_shard_size)
     write_code(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -169,7 +184,7 @@ def write_code(folder: str | os.PathLike) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+def save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str = SHARD_SIZE) -> None:
     """
     Saves a model with its weights in another dtype; `config.json` keeps the model's own, which is what loading gives.
 
@@ -177,6 +192,7 @@ def save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
         model (`PreTrainedModel`): is not changed.
         folder (`Path`): where to.
         dtype (`torch.dtype`): of the stored weights.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): largest file.
 
     Raises:
         ValueError: naming the weights that do not fit into the dtype.
@@ -192,7 +208,7 @@ def save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
         raise ValueError(
             f"These weights hold numbers too large for {dtype}, or none at all: {', '.join(sorted(lost))}."
         )
-    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
 
 
 def export_repo(
@@ -201,6 +217,7 @@ def export_repo(
     dst: str | os.PathLike,
     card: str | None = None,
     weights_dtype: torch.dtype | None = None,
+    max_shard_size: str = SHARD_SIZE,
 ) -> Path:
     """
     Writes a complete repository for the Hub.
@@ -212,6 +229,8 @@ def export_repo(
         card (`str`, *optional*): the model card, Markdown with the Hub's metadata; by default a minimal one.
         weights_dtype (`torch.dtype`, *optional*, defaults to the model's):
             What the weights are stored in. Loading gives the dtype of the configuration, which does not change.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`):
+            Largest weights file, such as `"500MB"`; more weights go into several files with an index.
 
     Returns:
         `Path`: the folder.
@@ -219,13 +238,14 @@ def export_repo(
     Raises:
         ValueError: if `dst` is in use, or weights do not fit into `weights_dtype`. Nothing is left behind then.
     """
+    check_shard_size(max_shard_size)
     with new_folder(dst) as folder:
         if weights_dtype is None:
-            model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
         else:
-            save_weights(model, folder, weights_dtype)
+            save_weights(model, folder, weights_dtype, max_shard_size)
         card = card or model_card(Path(dst).name)
-        write_repo_files(folder, model.config, model.generation_config, processor, card, weights_dtype)
+        write_repo_files(folder, model.config, model.generation_config, processor, card, weights_dtype, max_shard_size)
     return Path(dst)
 
 
@@ -235,14 +255,16 @@ def export_folder(
     card: str | None = None,
     weights_dtype: torch.dtype | None = None,
     caption_prompt: str | None = None,
+    max_shard_size: str = SHARD_SIZE,
 ) -> Path:
     """
     Writes a complete repository for the Hub from a folder with weights and configurations.
 
     Args:
-        src (`str` or `os.PathLike`): what `save_pretrained` of model and processor wrote.
-        dst, weights_dtype: as in [`export_repo`].
-        card (`str`, *optional*): the model card; by default the `README.md` of `src`, or else a minimal one.
+        src (`str` or `os.PathLike`): what `save_pretrained` of model and processor wrote, or of an adapter and processor.
+        dst, weights_dtype, max_shard_size: as in [`export_repo`].
+        card (`str`, *optional*): the model card; by default the `README.md` of `src`, or else a minimal one;
+            that of an adapter is not taken, since the result is none.
         caption_prompt (`str`, *optional*, defaults to the processor's):
             What the image-to-text pipeline asks a chat model for a caption.
 
@@ -253,13 +275,14 @@ def export_folder(
         ValueError: as in [`export_repo`], and if `src` is not whole.
     """
     check_destination(dst)
+    check_shard_size(max_shard_size)
     model, processor = load_libra(src)
     if caption_prompt is not None:
         processor.caption_prompt = caption_prompt
     present_card = Path(src) / "README.md"
-    if card is None and present_card.is_file():
+    if card is None and present_card.is_file() and not is_adapter(src):
         card = present_card.read_text(encoding="utf-8")
-    return export_repo(model, processor, dst, card, weights_dtype)
+    return export_repo(model, processor, dst, card, weights_dtype, max_shard_size)
 
 
 def _write_auto_maps(folder: Path) -> None:

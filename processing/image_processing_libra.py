@@ -23,6 +23,12 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 DOWNLOAD_TIMEOUT = 60
 """Seconds without an answer after which a download fails."""
 
+MAX_SIDE = 12_000
+"""Longest side of an image in pixels. A padded image takes a square of it: 3 bytes a pixel, 432 MB at most."""
+
+MAX_BYTES = 500 * 2**20
+"""Largest image file, on disk or downloaded."""
+
 MULTI_PICTURE_PHOTO = "MPO"
 """Photos of many phones: JPEGs that carry auxiliary pictures after the photo itself. Not an animation."""
 
@@ -40,7 +46,8 @@ def read_image(image: Any, name: str = "image") -> Image.Image:
         `PIL.Image.Image`: Mode RGB, EXIF orientation applied, transparency composited on white.
 
     Raises:
-        `ValueError`: If the image cannot be read, has no pixels, or is an animation.
+        `ValueError`: If the image cannot be read, has no pixels or too many (a side longer than `MAX_SIDE`, a file larger
+            than `MAX_BYTES`; refused before it is decoded), or is an animation.
         `TypeError`: If `image` is of another type.
     """
     if isinstance(image, (str, os.PathLike)):
@@ -51,6 +58,10 @@ def read_image(image: Any, name: str = "image") -> Image.Image:
         raise TypeError(f"{name}: expected a path, a URL, a PIL image or an array, got {type(image).__name__}.")
     if 0 in image.size:
         raise ValueError(f"{name}: the image has no pixels ({image.width} x {image.height}).")
+    if max(image.size) > MAX_SIDE:  # known from the header; what a small file unpacks to can fill any memory
+        raise ValueError(
+            f"{name}: the image has {image.width} x {image.height} pixels; at most {MAX_SIDE} on a side. Resize it first."
+        )
     if getattr(image, "is_animated", False) and image.format != MULTI_PICTURE_PHOTO:
         raise ValueError(
             f"{name}: a {image.format} with {image.n_frames} frames. Pass one frame: image.seek(i); image.convert('RGB')."
@@ -69,6 +80,8 @@ def _open_image(source: str | os.PathLike, name: str) -> tuple[Image.Image, str]
     elif text.startswith("data:"):
         data = _decode_base64(text.partition(",")[2], name)
     elif os.path.isfile(text):
+        if os.path.getsize(text) > MAX_BYTES:
+            raise ValueError(f"{text}: the image file has {os.path.getsize(text)} bytes; at most {MAX_BYTES}.")
         name, data = text, Path(text).read_bytes()
     elif isinstance(source, os.PathLike) or len(text) < 1024:  # too short for an image: a path that does not exist
         raise ValueError(f"{name}: there is no image file {text!r}.")
@@ -87,9 +100,12 @@ def _download(url: str) -> bytes:
     request = Request(url, headers={"User-Agent": "libra"})  # some sites refuse Python's own name
     try:
         with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            return response.read()
+            data = response.read(MAX_BYTES + 1)
     except (OSError, HTTPException, ValueError) as error:
         raise ValueError(f"{url}: the image cannot be downloaded ({error}).") from error
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{url}: the image file has more than {MAX_BYTES} bytes.")
+    return data
 
 
 def _decode_base64(text: str, name: str) -> bytes:

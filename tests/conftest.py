@@ -4,10 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from libra_cli.convert import convert_release
 from modeling_libra import LibraConfig, LibraForCausalLM
 from tests.modeling.toys import make_config, make_model
+
+# Tests are not about time: on a busy machine drawing examples is slow, and that is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -1,7 +1,7 @@
 """What the stages read: captioned images (pretraining) and conversations about images (instruction tuning).
 
-Both come either from the world of `libra-tiny` (`dataset: world`, drawn on the fly, the same at every run) or from a
-folder of one's own.
+Both come either from the world of `libra-tiny` (`dataset: world`, drawn on the fly, the same at every run) or from data
+of one's own.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset as TableDataset
-from datasets import load_dataset
 from torch.utils.data import Dataset
 
-from .images import CaptionedFolder
 from .world.augment import Augmentation
 from .world.concepts import Concept, load_concepts, training_subjects
-from .world.questions import scene_questions
+from .world.questions import scene_questions, wrong_answer
 from .world.scenes import Scene, World
 
 
@@ -27,42 +25,50 @@ class DataArguments:
 
     Args:
         dataset (`str`, *optional*, defaults to `"world"`):
-            `"world"`, or a folder: of images with a `metadata.jsonl` for pretraining, a dataset with the columns
-            `messages` and `images` (as `datasets.load_dataset` reads it) for instruction tuning.
+            `"world"`, or where the data are: captioned images for pretraining (see
+            [`~training.captions.load_captions`]), conversations for instruction tuning (see [`~training.conversations`]).
         icons (`str`, *optional*): folder with iconify JSON files; by default they are installed with npm.
-        train_samples (`int`, *optional*, defaults to 100000): scenes of the world in an epoch.
-        eval_samples (`int`, *optional*, defaults to 500): scenes of the validation split.
+        num_concepts (`int`, *optional*, defaults to 100): things that scenes of the world show, the first of its list.
+        train_samples (`int`, *optional*, defaults to 100000): scenes of the world in an epoch. With `max_steps` that see
+            them several times it is row (c) of the paper's Table 3, data size.
+        eval_samples (`int`, *optional*, defaults to 500): samples of the validation split, at most.
         single_fraction (`list[float]`, *optional*, defaults to `[0.5, 0.5]`): share of scenes with one object, at the
             beginning and the end of an epoch.
         augmentation (`dict`, *optional*): settings of [`~training.world.augment.Augmentation`].
+        max_turns (`int`, *optional*, defaults to 2): most questions about a scene in a conversation.
+        naming_first (`bool`, *optional*, defaults to `True`): whether its first question asks what is there.
 
     Raises:
-        ValueError: if there are to be no training samples.
+        ValueError: if there are to be no training samples, no concepts or no questions.
     """
 
-    dataset: str = field(default="world", metadata={"help": "'world', or a folder."})
+    dataset: str = field(default="world", metadata={"help": "'world', or where the data are."})
     icons: str | None = field(default=None, metadata={"help": "Folder with iconify JSON files (default: npm)."})
+    num_concepts: int = field(default=100, metadata={"help": "Things that scenes of the world show."})
     train_samples: int = field(default=100_000, metadata={"help": "Scenes of the world in an epoch."})
-    eval_samples: int = field(default=500, metadata={"help": "Scenes of the validation split."})
+    eval_samples: int = field(default=500, metadata={"help": "Samples of the validation split."})
     single_fraction: list[float] = field(
         default_factory=lambda: [0.5, 0.5], metadata={"help": "Share of singles at the beginning and the end."}
     )
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
+    max_turns: int = field(default=2, metadata={"help": "Most questions about a scene of the world."})
+    naming_first: bool = field(default=True, metadata={"help": "Whether the first one asks what is there."})
 
     def __post_init__(self):
-        if self.train_samples < 1:
-            raise ValueError(f"train_samples must be at least 1, found {self.train_samples}.")
+        for name in ("train_samples", "num_concepts", "max_turns"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, found {vars(self)[name]}.")
 
 
 class CaptionSamples(Dataset):
     """
-    Captioned images as `{"image", "text"}`.
+    Captioned images as `{"image", "text", "place"}`; `place` is the index, as a tuple.
 
     Args:
-        source ([`World`] or [`CaptionedFolder`]): the images.
+        source ([`World`]): the images.
     """
 
-    def __init__(self, source: World | CaptionedFolder) -> None:
+    def __init__(self, source: World) -> None:
         self.source = source
 
     def __len__(self) -> int:
@@ -70,11 +76,8 @@ class CaptionSamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Sample `index`."""
-        sample = self.source[index]
-        if isinstance(sample, Scene):
-            return {"image": sample.image, "text": sample.caption}
-        image, text = sample
-        return {"image": image, "text": text}
+        scene = self.source[index]
+        return {"image": scene.image, "text": scene.caption, "place": (index,)}
 
 
 def load_worlds(data: DataArguments) -> tuple[World, World]:
@@ -87,7 +90,7 @@ def load_worlds(data: DataArguments) -> tuple[World, World]:
     Returns:
         `tuple` of two [`World`].
     """
-    subjects = training_subjects(data.icons)
+    subjects = training_subjects(data.icons)[: data.num_concepts]
     start, end = data.single_fraction
     train = World(
         subjects,
@@ -99,56 +102,57 @@ def load_worlds(data: DataArguments) -> tuple[World, World]:
     return train, World(subjects, split="validation", length=data.eval_samples)
 
 
-def load_caption_data(data: DataArguments) -> tuple[Dataset, Dataset | None]:
+def load_caption_data(data: DataArguments) -> tuple[Dataset, Dataset]:
     """
-    Captioned images for pretraining.
+    Captioned scenes of the world for pretraining.
 
     Args:
-        data ([`DataArguments`]): where from.
+        data ([`DataArguments`]): sizes and augmentation.
 
     Returns:
-        `tuple`: training and evaluation dataset of `{"image", "text"}`; a folder has no evaluation part.
+        `tuple`: training and evaluation dataset of `{"image", "text", "place"}`.
     """
-    if data.dataset == "world":
-        train, validation = load_worlds(data)
-        return CaptionSamples(train), CaptionSamples(validation)
-    return CaptionSamples(CaptionedFolder(data.dataset)), None
+    train, validation = load_worlds(data)
+    return CaptionSamples(train), CaptionSamples(validation)
 
 
 def to_conversation(
-    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 2
+    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 2, naming_first: bool = True
 ) -> dict[str, Any]:
     """
-    A scene with some of its questions, as TRL reads conversations. The first question asks what is there: naming is
-    what all other answers build on, and the slowest to learn.
+    A scene with some of its questions, as TRL reads conversations.
 
     Args:
         scene ([`Scene`]): the scene.
         rng (`np.random.Generator`): chooses the questions.
         concepts (`Sequence[Concept]`): the concepts there are; questions name absent ones too.
         max_turns (`int`, *optional*, defaults to 2): most questions.
+        naming_first (`bool`, *optional*, defaults to `True`):
+            Whether the first one asks what is there. A model that cannot name yet learns nothing from the others; one
+            that can should be asked them first as well, or it reads their answers off the name before.
 
     Returns:
         `dict`: `messages`, alternating user and assistant, and `images`, the one image.
     """
     questions = scene_questions(scene, rng, concepts)
-    naming = [question for question in questions if question.kind in ("caption", "label")]
-    first = naming[rng.integers(len(naming))]
-    others = [question for question in questions if question is not first]
-    rest = rng.permutation(len(others))[: rng.integers(max_turns)]
+    order = [questions[i] for i in rng.permutation(len(questions))]
+    if naming_first:
+        first = next(question for question in order if question.kind in ("caption", "label"))
+        order = [first, *(question for question in order if question is not first)]
     messages = []
-    for question in [first, *(others[i] for i in rest)]:
+    for question in order[: rng.integers(max_turns) + 1]:
         messages.append({"role": "user", "content": question.question})
         messages.append({"role": "assistant", "content": question.answer})
     return {"messages": messages, "images": [scene.image]}
 
 
-def world_conversations(world: World) -> TableDataset:
+def world_conversations(world: World, max_turns: int = 2, naming_first: bool = True) -> TableDataset:
     """
     The scenes of a world as a dataset of conversations, drawn when they are read.
 
     Args:
         world ([`World`]): the scenes.
+        max_turns, naming_first (*optional*): which questions, as in [`to_conversation`].
 
     Returns:
         `datasets.Dataset` whose samples have `messages` and `images`.
@@ -157,33 +161,70 @@ def world_conversations(world: World) -> TableDataset:
     concepts = load_concepts(len(world.subjects))
 
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
-        samples = [to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts) for i in rows["scene"]]
+        samples = [
+            to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts, max_turns, naming_first)
+            for i in rows["scene"]
+        ]
         return {key: [sample[key] for sample in samples] for key in samples[0]}
 
     return TableDataset.from_dict({"scene": list(range(len(world)))}).with_transform(draw)
 
 
-def load_conversations(data: DataArguments) -> tuple[TableDataset, TableDataset | None]:
+def load_world_conversations(data: DataArguments) -> tuple[TableDataset, TableDataset]:
     """
-    Conversations for instruction tuning.
+    Conversations about scenes of the world for instruction tuning.
 
     Args:
-        data ([`DataArguments`]): where from.
+        data ([`DataArguments`]): sizes, augmentation and questions.
 
     Returns:
-        `tuple`: training and evaluation dataset; a dataset of one's own is used for training only.
-
-    Raises:
-        ValueError: if a dataset lacks the columns `messages` and `images`.
+        `tuple`: training and evaluation dataset.
     """
-    if data.dataset == "world":
-        train, validation = load_worlds(data)
-        return world_conversations(train), world_conversations(validation)
-    dataset = load_dataset(data.dataset, split="train")
-    missing = {"messages", "images"} - set(dataset.column_names)
-    if missing:
-        raise ValueError(
-            f"The dataset {data.dataset} lacks the columns {sorted(missing)}; it has {dataset.column_names}. Expected: "
-            "`messages` (a conversation) and `images` (a list of images)."
-        )
-    return dataset, None
+    train, validation = load_worlds(data)
+    questions = (data.max_turns, data.naming_first)
+    return world_conversations(train, *questions), world_conversations(validation, *questions)
+
+
+def to_preference(scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept]) -> dict[str, Any]:
+    """
+    A question about a scene with the right answer and a wrong one: what is there, or, if there is more than one thing,
+    where something is.
+
+    Args:
+        scene ([`Scene`]): the scene.
+        rng (`np.random.Generator`): chooses question and wrong answer.
+        concepts (`Sequence[Concept]`): the concepts there are.
+
+    Returns:
+        `dict`: as [`~training.preferences.PreferenceCollator`] takes it.
+    """
+    question = next(q for q in scene_questions(scene, rng, concepts) if q.kind in ("label", "place"))
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": question.question}]
+    sample: dict[str, Any] = {"prompt": [{"role": "user", "content": parts}], "images": [scene.image]}
+    for name, answer in (("chosen", question.answer), ("rejected", wrong_answer(scene, question, rng, concepts))):
+        sample[name] = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    return sample
+
+
+def load_world_preferences(data: DataArguments) -> tuple[TableDataset, TableDataset]:
+    """
+    Preferences about scenes of the world, see [`to_preference`].
+
+    Args:
+        data ([`DataArguments`]): sizes and augmentation.
+
+    Returns:
+        `tuple`: training and evaluation dataset.
+    """
+
+    def preferences(world: World) -> TableDataset:
+        concepts = load_concepts(len(world.subjects))
+
+        def draw(rows: dict[str, list[int]]) -> dict[str, list]:
+            samples = [to_preference(world[i], np.random.default_rng([world.seed, i]), concepts) for i in rows["scene"]]
+            return {key: [sample[key] for sample in samples] for key in samples[0]}
+
+        return TableDataset.from_dict({"scene": list(range(len(world)))}).with_transform(draw)
+
+    train, validation = load_worlds(data)
+    return preferences(train), preferences(validation)

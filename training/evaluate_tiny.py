@@ -1,109 +1,88 @@
-"""How often libra-tiny names the one object of an image: training vendors, unseen vendor, chance.
+"""What libra-tiny knows of its world: training vendors, unseen vendor, chance.
 
     python -m training.evaluate_tiny --model hub_configs/libra-tiny
+    python -m training.evaluate_tiny --model DIR --images 100 --only label cell caption
     python -m training.evaluate_tiny --model DIR --write-card --runs runs/tiny/pretrain runs/tiny/sft
 
-The model is used as its users use it: `pipeline("image-to-text")` with remote code, on new layouts, one image of each of
-the 100 concepts. An answer counts when it is exactly the label. The card gets the numbers, the loss curves of the runs
-and a sheet of named drawings.
+What is asked and how it is counted: [`~training.emoji_evaluation`]. `libra evaluate --tasks emoji` is the same without
+the card. The card gets the table, the loss curves of the runs and sheets of pictures.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
-from transformers import pipeline
-
-from .card import LOSS_CURVES, SAMPLES, write_card
-from .figures import draw_loss_curves, draw_sample_sheet
-from .world.concepts import load_concepts, load_subjects
-from .world.icons import TRAIN_VENDORS, UNSEEN_VENDOR, install_icons
-from .world.scenes import World, evaluation_images
+from .card import LOSS_CURVES, write_card
+from .emoji_evaluation import NUM_IMAGES, TITLES, evaluate_emoji, format_table
+from .emoji_pictures import draw_pictures
+from .figures import draw_loss_curves
+from .world.icons import install_icons
 
 
-def name_images(model: str | Path, images: list[Image.Image], batch_size: int = 20) -> list[str]:
+def evaluate_and_report(
+    model: str | Path,
+    icons: str | Path | None = None,
+    num_images: int = NUM_IMAGES,
+    temperature: float = 1.0,
+    only: Sequence[str] | None = None,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
     """
-    Captions of images by the image-to-text pipeline.
+    Evaluates a Libra, prints the table and writes the numbers.
 
     Args:
-        model (`str` or `Path`): folder or Hub repo of a Libra.
-        images (`list` of `PIL.Image.Image`): the images.
-        batch_size (`int`, *optional*, defaults to 20): images a batch.
+        model (`str` or `Path`): folder or Hub repo.
+        icons (`str` or `Path`, *optional*): folder with iconify JSON files; by default they are installed with npm.
+        num_images (`int`, *optional*, defaults to 500): images of each source.
+        temperature (`float`, *optional*, defaults to 1.0): of the images it draws.
+        only (`Sequence` of `str`, *optional*): results that are wanted, of [`~training.emoji_evaluation.TITLES`].
+        output (`str` or `Path`, *optional*): JSON file for the numbers.
 
     Returns:
-        `list` of `str`: a caption an image.
+        `dict`: as [`~training.emoji_evaluation.evaluate_emoji`] gives it.
+
+    Raises:
+        ValueError: if an argument is wrong, before anything is computed.
+        FileNotFoundError: if there is no folder to write to.
     """
-    captioner = pipeline("image-to-text", model=str(model), trust_remote_code=True)
-    outputs = captioner(images, batch_size=batch_size, generate_kwargs={"max_new_tokens": 16})
-    return [output[0]["generated_text"].strip() for output in outputs]
-
-
-def evaluate_singles(model: str | Path, icons: Path) -> dict[str, float]:
-    """
-    Accuracy on singles, one image of each concept: new layouts of the training vendors, and the unseen vendor.
-
-    Args:
-        model (`str` or `Path`): folder or Hub repo of a Libra.
-        icons (`Path`): folder with the iconify JSON files.
-
-    Returns:
-        `dict` with `train_vendors`, `unseen_vendor` and `chance`, each in [0, 1].
-    """
-    concepts = load_concepts()
-    results = {}
-    splits = {"train_vendors": (TRAIN_VENDORS, "validation"), "unseen_vendor": ((UNSEEN_VENDOR,), "test")}
-    for name, (vendors, split) in splits.items():
-        world = World(load_subjects(concepts, vendors, icons), split=split, length=len(concepts))
-        scenes = evaluation_images(world, len(concepts))
-        answers = name_images(model, [scene.image for scene in scenes])
-        results[name] = sum(answer == scene.caption for answer, scene in zip(answers, scenes)) / len(scenes)
-    return results | {"chance": 1 / len(concepts)}
-
-
-def draw_named_samples(model: str | Path, icons: Path, path: Path, count: int = 12) -> None:
-    """
-    Draws singles of the unseen vendor with the names the model gives them, and the right name where it is another.
-
-    Args:
-        model (`str` or `Path`): folder or Hub repo of a Libra.
-        icons (`Path`): folder with the iconify JSON files.
-        path (`Path`): the PNG file to write.
-        count (`int`, *optional*, defaults to 12): drawings, of concepts at equal distances in their list.
-    """
-    subjects = load_subjects(load_concepts(), (UNSEEN_VENDOR,), icons)
-    chosen = subjects[:: max(1, len(subjects) // count)][:count]
-    images = [scene.image for scene in evaluation_images(World(chosen, "test", len(chosen)), len(chosen))]
-    answers = name_images(model, images)
-    captions = [
-        answer if answer == subject.label else f"{answer} ({subject.label})" for answer, subject in zip(answers, chosen)
-    ]
-    draw_sample_sheet(images, captions, path)
+    if output and not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {Path(output).parent} to write {Path(output).name} into.")
+    report = evaluate_emoji(model, icons or install_icons(), num_images, temperature=temperature, only=only)
+    print(format_table(report["results"]))
+    print(f"\n{num_images} images of each source; 95% intervals in brackets; {report['seconds']:.0f} s.")
+    if output:
+        Path(output).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return report
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Evaluates and prints the three numbers; `arguments` are those of the command line."""
-    parser = argparse.ArgumentParser(description="Names single objects with a Libra.")
+    """Evaluates, and writes a card if asked to; `arguments` are those of the command line."""
+    parser = argparse.ArgumentParser(description="What a Libra knows of the world of emoji.")
     parser.add_argument("--model", default="hub_configs/libra-tiny", help="folder or Hub repo")
     parser.add_argument("--icons", help="folder with iconify JSON files (default: installed with npm)")
-    parser.add_argument("--output", help="JSON file to write the numbers to")
-    parser.add_argument("--write-card", action="store_true", help="write the numbers into the model's card")
+    parser.add_argument("--images", type=int, default=NUM_IMAGES, help="images of each source (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the images it draws (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="RESULT", help=f"of: {', '.join(TITLES)}")
+    parser.add_argument("--output", metavar="FILE.json", help="file for the numbers")
+    parser.add_argument("--write-card", action="store_true", help="write table and pictures into the model's card")
     parser.add_argument("--runs", nargs="+", metavar="RUN_DIR", help="stages whose loss curves go into the card")
     options = parser.parse_args(arguments)
     curves = Path(options.model, LOSS_CURVES)
+    if options.write_card and options.only:
+        parser.error("the card shows all results; leave out --only")
     if options.runs:
         draw_loss_curves(options.runs, curves)
     elif options.write_card and not curves.is_file():
         parser.error(f"the card shows {curves}, which is not there; pass --runs with the folders of the stages")
     icons = Path(options.icons) if options.icons else install_icons()
-    results = evaluate_singles(options.model, icons)
-    for name, value in results.items():
-        print(f"{name:>14}: {value:.0%} of {len(load_concepts())} single objects named right")
-    if options.output:
-        Path(options.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    report = evaluate_and_report(
+        options.model, icons, options.images, options.temperature, options.only, options.output
+    )
     if options.write_card:
-        draw_named_samples(options.model, icons, Path(options.model, SAMPLES))
-        write_card(options.model, results)
+        draw_pictures(options.model, icons, options.model, options.temperature)
+        write_card(options.model, report)
 
 
 if __name__ == "__main__":

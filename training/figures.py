@@ -138,7 +138,7 @@ def break_lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, w
     Breaks a text between words so that its lines fit.
 
     Args:
-        text (`str`): the text.
+        text (`str`): the text; where it has line breaks, they stay.
         font (`ImageFont`): measures it.
         width (`int`): pixels of a line; a longer word has a line of its own.
 
@@ -146,12 +146,15 @@ def break_lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, w
         `str`: the text with line breaks.
     """
     lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}" if line else word
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ A stage's `main` parses its options with [`StageParser`], calls [`announce_run`]
     step 250/550 (45%) | loss 2.912, text_loss 1.14, vision_loss 3.086 | ... | 1.8 s/step | ends 14:05, in 9 min
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -34,9 +36,10 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.utils import strtobool
 from trl import TrlParser
 
-from .checkpoints import last_checkpoint
+from .checkpoints import last_checkpoint, save_whole_checkpoints
 
 
 class StageParser(TrlParser):
@@ -90,6 +93,7 @@ def announce_run(args: TrainingArguments, stage: str) -> None:
     """
     check_steps(args)
     check_report_to(args.report_to)
+    check_engine(args)
     if args.process_index == 0:
         print(describe_run(args, stage), flush=True)
 
@@ -110,6 +114,62 @@ def check_steps(args: TrainingArguments) -> None:
         )
     if args.max_steps == -1 and args.num_train_epochs <= 0:
         raise ValueError(f"num_train_epochs is {args.num_train_epochs}; it must be positive, or set max_steps.")
+
+
+def check_engine(args: TrainingArguments) -> None:
+    """
+    Refuses settings of FSDP under which a run would do something else than it says.
+
+    Args:
+        args (`TrainingArguments`): of the run; accelerate's launcher leaves its settings in the environment.
+
+    Raises:
+        ValueError: naming the setting, and what to set instead.
+    """
+    if not (args.fsdp or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false"))):
+        return
+    if args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        raise ValueError("FSDP needs accelerators: on CPUs accelerate would run DDP instead. Use ddp.yaml.")
+    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version is {plugin.fsdp_version}; set 2: frozen and trained weights share layers.")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading would leave the image tokenizer without weights in all processes but the "
+            "first. Set it to false."
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing would checkpoint each layer twice, the language model's and Libra's around "
+            "it. Set it to false, and gradient_checkpointing: true in the configuration of the stage."
+        )
+
+
+def check_global_batch(args: TrainingArguments, wanted: int | None) -> None:
+    """
+    Checks that a recipe keeps its batch on whatever number of devices it runs.
+
+    Args:
+        args (`TrainingArguments`): of the run.
+        wanted (`int`, *optional*): samples of all devices in a step; None checks nothing.
+
+    Raises:
+        ValueError: if a step would have another number, saying what to set.
+    """
+    part = args.train_batch_size * args.world_size
+    found = part * args.gradient_accumulation_steps
+    if wanted in (None, found):
+        return
+    advice = (
+        f"set gradient_accumulation_steps to {wanted // part}"
+        if wanted % part == 0
+        else ("set per_device_train_batch_size so that it divides")
+    )
+    raise ValueError(
+        f"global_batch_size is {wanted}, but {args.train_batch_size} samples a device, {args.world_size} processes and "
+        f"gradient_accumulation_steps {args.gradient_accumulation_steps} make {found}; {advice}, or drop "
+        "global_batch_size."
+    )
 
 
 def check_report_to(report_to: list[str]) -> None:
@@ -189,6 +249,7 @@ def run_training(trainer: Trainer) -> None:
         trainer (`Trainer`): its progress is shown as [`show_progress`] says. A run whose last checkpoint has all steps
             is loaded and not trained.
     """
+    save_whole_checkpoints(trainer)
     trainer.add_callback(StopBeforeExtraStep)
     show_progress(trainer)
     try:
@@ -198,6 +259,18 @@ def run_training(trainer: Trainer) -> None:
         if trainer.is_world_process_zero():
             print(done, flush=True)
     trainer.save_state()
+
+
+def save_result(trainer: Trainer) -> None:
+    """
+    Saves the trained model to `output_dir`, whole and in the usual format, whatever form checkpoints have.
+
+    Args:
+        trainer (`Trainer`): after [`run_training`]; to be called by all processes.
+    """
+    if trainer.is_fsdp_enabled:  # with sharded checkpoints, save_model would save nothing
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
 
 
 class AllStepsDone(Exception):

@@ -1,4 +1,5 @@
-"""All of libra-tiny, from nothing: drawings, CLIP, image tokenizer, language model, pretraining, instruction tuning.
+"""All of libra-tiny, from nothing: drawings, CLIP, image tokenizer, language model, pretraining, instruction tuning
+(names first, then all questions).
 
     python -m training.tiny                 # or: make tiny
     python -m training.tiny --until clip    # only the first stages
@@ -46,9 +47,10 @@ STAGES = (
     _training("llm", "train_llm", "llm", "metrics.json"),
     _training("pretrain", "pretrain", "pretrain", "model.safetensors"),
     _training("sft", "sft", "sft", "model.safetensors"),
+    _training("questions", "sft", "questions", "model.safetensors"),
     Stage(
         "export",
-        ("libra_cli.main", "export", "runs/tiny/sft", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
+        ("libra_cli.main", "export", "runs/tiny/questions", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
         Path("runs/tiny/libra-tiny/model.safetensors"),
     ),
     Stage(
@@ -56,7 +58,7 @@ STAGES = (
         (
             *("training.evaluate_tiny", "--model", "runs/tiny/libra-tiny", "--write-card"),
             *("--output", "runs/tiny/evaluation.json", "--runs"),
-            *(f"runs/tiny/{name}" for name in ("clip", "tokenizer", "llm", "pretrain", "sft")),
+            *(f"runs/tiny/{name}" for name in ("clip", "tokenizer", "llm", "pretrain", "sft", "questions")),
         ),
         Path("runs/tiny/evaluation.json"),
     ),

@@ -4,6 +4,7 @@ Stage 0: a small CLIP, trained contrastively. (At full size OpenAI's CLIP-ViT-L/
     python -m training.train_clip --config training/configs/tiny/clip.yaml
     python -m training.train_clip --config training/configs/tiny/clip.yaml --max_steps 10 --output_dir runs/try
     python -m training.train_clip --config my.yaml --dataset path/to/imagefolder
+    python -m training.train_clip --config my.yaml --start_from hub_configs/libra-tiny/image_tokenizer
 
 A run goes on from the last checkpoint in `output_dir` by itself. Written there: the whole CLIPModel with the tokenizer
 of its text tower, the vision tower alone with its image processor in `vision/` (what the image tokenizer reads), and
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer_utils import set_seed
+
+from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 
 from .clip_evaluation import libra_features, probe_accuracy, zero_shot_accuracy
 from .clip_objective import NOTHING, ClipCollator, ClipObjective, train_text_tokenizer
@@ -50,6 +53,8 @@ class ClipArguments:
         augmentation (`dict`, *optional*): Settings of [`Augmentation`].
         teacher_size (`int`, *optional*, defaults to 128): Side at which the teacher looks at drawings; 0: no teacher.
         teacher_weight (`float`, *optional*, defaults to 3.0): Weight of the teacher's term.
+        start_from (`str`, *optional*): Image tokenizer whose CLIP is trained further; by default it starts fresh. The
+            text tower always does.
     """
 
     dataset: str = field(default="world", metadata={"help": "'world', or a folder of images with captions."})
@@ -65,6 +70,7 @@ class ClipArguments:
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
     teacher_size: int = field(default=128, metadata={"help": "Side at which the teacher looks; 0: no teacher."})
     teacher_weight: float = field(default=3.0, metadata={"help": "Weight of the teacher's term."})
+    start_from: str | None = field(default=None, metadata={"help": "Image tokenizer whose CLIP is trained further."})
 
 
 class WorldSamples(torch.utils.data.Dataset):
@@ -206,7 +212,12 @@ def teacher_features(drawings: list[np.ndarray], image_size: int) -> torch.Tenso
 
 
 def build_model(script: ClipArguments, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
-    """A CLIPModel with fresh weights whose text tower fits the tokenizer."""
+    """
+    A CLIPModel with fresh weights, or with the vision tower to start from; its text tower fits the tokenizer.
+
+    Raises:
+        RuntimeError: If the vision tower to start from has other sizes.
+    """
     text_config = {
         **script.text_config,
         "vocab_size": len(tokenizer),
@@ -218,7 +229,10 @@ def build_model(script: ClipArguments, tokenizer: PreTrainedTokenizerFast) -> CL
     config = CLIPConfig(
         text_config=text_config, vision_config=script.vision_config, projection_dim=script.projection_dim
     )
-    return CLIPModel(config)
+    model = CLIPModel(config)
+    if script.start_from is not None:
+        model.vision_model.load_state_dict(LibraImageTokenizer.from_pretrained(script.start_from).clip.state_dict())
+    return model
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ processor, pictures of reconstructions, and `metrics.json` (PSNR, SSIM, and how 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from processing.image_processing_libra import LibraImageProcessor
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 
 from .discriminator import Adversary, PatchDiscriminator
+from .fresh_encoder import FreshEncoderTokenizer, freeze_encoder
 from .image_tokenizer_losses import PERCEPTUAL_TERMS, adaptive_weight, encoder_distance, load_lpips
 from .images import to_pixel_values
 from .loss_terms import LossTermsTrainer
@@ -59,6 +61,10 @@ class ImageTokenizerArguments:
         tokenizer_config (`dict`, *optional*): Settings of `LibraImageTokenizerConfig`.
         codes_of (`str`, *optional*): Folder of a trained image tokenizer with the same CLIP whose codes are kept: only a
             new decoder is trained, and models that were trained on these codes stay valid.
+        start_from (`str`, *optional*): Folder of a trained image tokenizer of the same sizes whose quantizer and decoder
+            are trained further, around the CLIP given here; by default they start fresh.
+        encoder_from_scratch (`bool`, *optional*, defaults to `False`): Row (g) of the paper's Table 3: the encoder has the
+            sizes of `clip` but fresh weights, and is trained together with quantizer and decoder.
         other_emoji (`bool`, *optional*, defaults to `True`): Whether scenes show further emoji beside the concepts.
         augmentation (`dict`, *optional*): Settings of [`~training.world.augment.Augmentation`].
         train_samples (`int`, *optional*, defaults to 100000): Scenes of the world in an epoch.
@@ -90,6 +96,8 @@ class ImageTokenizerArguments:
     icons: str | None = field(default=None, metadata={"help": "Folder with iconify JSON files (default: npm)."})
     tokenizer_config: dict = field(default_factory=dict, metadata={"help": "Settings of LibraImageTokenizerConfig."})
     codes_of: str | None = field(default=None, metadata={"help": "Image tokenizer whose codes are kept."})
+    start_from: str | None = field(default=None, metadata={"help": "Image tokenizer that is trained further."})
+    encoder_from_scratch: bool = field(default=False, metadata={"help": "Whether the encoder is fresh, and trained."})
     other_emoji: bool = field(default=True, metadata={"help": "Whether scenes show further emoji."})
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
     train_samples: int = field(default=100_000, metadata={"help": "Scenes of the world in an epoch."})
@@ -122,6 +130,11 @@ class ImageTokenizerArguments:
             value = vars(self)[name]
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}.")
+        if self.encoder_from_scratch and (self.codes_of or self.perceptual == "encoder"):
+            raise ValueError(
+                "encoder_from_scratch trains the encoder: leave codes_of out, and set perceptual to lpips or none; a "
+                "distance of features needs an encoder that stays as it is."
+            )
         if not any(self.reconstruction_weights.values()):
             raise ValueError(
                 "The loss has no reconstruction term: set l1_weight, mse_weight or perceptual_weight above 0."
@@ -340,6 +353,23 @@ class ImageTokenizerTrainer(LossTermsTrainer):
         super().log(logs, start_time)
 
 
+def take_over(model: LibraImageTokenizer, folder: str, parts: Sequence[str]) -> None:
+    """
+    Copies parts of a trained image tokenizer.
+
+    Args:
+        model ([`LibraImageTokenizer`]): Changed in place; its other parts stay as they are.
+        folder (`str`): The trained image tokenizer.
+        parts (`Sequence[str]`): Names of its modules.
+
+    Raises:
+        RuntimeError: If their sizes are others.
+    """
+    trained = LibraImageTokenizer.from_pretrained(folder)
+    for name in parts:
+        getattr(model, name).load_state_dict(getattr(trained, name).state_dict())
+
+
 def keep_codes(model: LibraImageTokenizer, folder: str) -> None:
     """
     Takes over the encoder and the quantizer of a trained image tokenizer and freezes them.
@@ -351,11 +381,10 @@ def keep_codes(model: LibraImageTokenizer, folder: str) -> None:
     Raises:
         RuntimeError: If its sizes before the decoder are others.
     """
-    trained = LibraImageTokenizer.from_pretrained(folder)
-    for name in ("clip", "pre_quant", "quantizer"):
-        part = getattr(model, name)
-        part.load_state_dict(getattr(trained, name).state_dict())
-        part.requires_grad_(False)
+    parts = ("clip", "pre_quant", "quantizer")
+    take_over(model, folder, parts)
+    for name in parts:
+        getattr(model, name).requires_grad_(False)
 
 
 def load_images(script: ImageTokenizerArguments, image_size: int) -> tuple[PixelSamples, PixelSamples | None]:
@@ -411,6 +440,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     # whatever the CLIP is stored in: AdamW's steps are lost in half precision, which is what `bf16` is for
     model = LibraImageTokenizer.from_clip(script.clip, **script.tokenizer_config).float()
     script.check(model.config)
+    if script.encoder_from_scratch:
+        model = FreshEncoderTokenizer(model.config)
+    if script.start_from:
+        take_over(model, script.start_from, ("pre_quant", "quantizer", "post_quant", "decoder"))
     if script.codes_of:
         keep_codes(model, script.codes_of)
     size = model.config.vision_config.image_size
@@ -428,6 +461,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         callbacks=[ReconstructionGrids(pictured, script.grid_steps)],
     )
     run_training(trainer)
+    if isinstance(model, FreshEncoderTokenizer):
+        freeze_encoder(model)
     trainer.save_model()
     if args.should_save:
         processor = LibraImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})

@@ -67,7 +67,11 @@ def read_documents(script: LlmArguments) -> tuple[Documents, Documents]:
     path = Path(script.dataset)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file. Give 'world', or a text file with a document a line.")
-    documents = [line + END for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
+    documents = [line + END for line in text.splitlines() if line.strip()]
     return [text for i, text in enumerate(documents) if i % 50], documents[::50]
 
 

@@ -44,7 +44,16 @@ class LibraConfig(PreTrainedConfig):
         bridge_rank (`int`, *optional*, defaults to 8):
             Rank of the four maps of the cross-modal bridge of each layer.
         use_bridge (`bool`, *optional*, defaults to `True`):
-            Whether keys and values read across modalities get the bridge's term.
+            Whether keys and values read across modalities get the bridge's term. `False` is row (e) of the paper's Table
+            3, "no bridge".
+        use_expert (`bool`, *optional*, defaults to `True`):
+            Whether vision rows have norms, projections and MLPs of their own in every layer. `False` is row (d) of
+            Table 3, "no expert": they go through the language model's, as text does; embedding, bridge, final norm
+            and heads stay the vision system's.
+        use_continuous_features (`bool`, *optional*, defaults to `True`):
+            Whether image tokens are hybrid. `False` is row (f) of Table 3, "discrete input only": an image token is the
+            embeddings of its codes (`concat_signals: false` in the authors' code), without norm and projection;
+            `image_features` are checked but not read.
         newline_token_id (`int`, *optional*, defaults to 13):
             Text id of the newline that follows every image.
 
@@ -65,7 +74,14 @@ class LibraConfig(PreTrainedConfig):
 
     model_type = "libra"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "vision_logits", "text_loss", "vision_loss"]
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "vision_logits",
+        "text_loss",
+        "vision_loss",
+        "codebook_losses",
+    ]
 
     text_config: dict | PreTrainedConfig | None = None
     image_grid: int = 24
@@ -75,13 +91,19 @@ class LibraConfig(PreTrainedConfig):
     expert_down_ratio: int = 4
     bridge_rank: int = 8
     use_bridge: bool = True
+    use_expert: bool = True
+    use_continuous_features: bool = True
     newline_token_id: int = 13
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
         text_config = LLAMA_2_7B if self.text_config is None else self.text_config
         if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**{"model_type": "llama", **text_config})
+            try:
+                text_config = AutoConfig.for_model(**{"model_type": "llama", **text_config})
+            except ValueError:  # a family of a later transformers, for instance: its answer lists all it knows
+                _check_family(str(text_config.get("model_type", "llama")))
+                raise
         self.text_config = text_config
         super().__post_init__(**kwargs)
         # The language model decides; transformers reads the flag from the outer configuration.
@@ -90,11 +112,7 @@ class LibraConfig(PreTrainedConfig):
     def validate_libra(self):
         """Part of the `@strict` validation: sizes that must fit together."""
         text = self.text_config
-        if text.model_type not in SUPPORTED_TEXT_MODELS:
-            raise ValueError(
-                f"text_config.model_type is {text.model_type!r}; Libra routes the layers of "
-                f"{', '.join(SUPPORTED_TEXT_MODELS)}. Use a language model of one of these families."
-            )
+        _check_family(text.model_type)
         for name in (
             "image_grid",
             "num_codebooks",
@@ -151,6 +169,14 @@ class LibraConfig(PreTrainedConfig):
     def num_patches(self) -> int:
         """`int`: codes of one image, without BOI and EOI."""
         return self.image_grid**2
+
+
+def _check_family(model_type: str):
+    if model_type not in SUPPORTED_TEXT_MODELS:
+        raise ValueError(
+            f"text_config.model_type is {model_type!r}; Libra routes the layers of {', '.join(SUPPORTED_TEXT_MODELS)}. "
+            "Use a language model of one of these families."
+        )
 
 
 __all__ = ["LibraConfig"]

@@ -6,6 +6,7 @@ Where the paper's parts are:
 |---|---|
 | hybrid image tokens (3.2), visual expert and cross-modal bridge (3.3) | `layers_libra.py` |
 | vision heads, unified loss (3.4) | [`LibraForCausalLM`] |
+| attention on images (Figures 4, 7) | `attention_maps_libra.py` |
 
 The language model is built from its own configuration and keeps its own parameter names under
 `model.language_model` (and `lm_head`); everything visual is under `model.vision_model` and `vision_lm_head`. A token's
@@ -22,15 +23,23 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_libra import BridgeMemory
+from .attention_maps_libra import LibraAttentionMapsMixin
+from .cache_libra import CACHE_NAME, BridgeMemory, one_cache
 from .configuration_libra import LibraConfig
 from .generation_libra import LibraGenerationMixin, joint_code_logits
 from .image_blocks_libra import check_image_blocks, check_image_features, find_image_blocks
-from .layers_libra import LibraHybridEmbedding, LibraRMSNorm, LibraRoutedAttention, LibraRoutedLayer, LibraSequence
+from .layers_libra import (
+    LibraHybridEmbedding,
+    LibraRMSNorm,
+    LibraRoutedAttention,
+    LibraRoutedLayer,
+    LibraSequence,
+    lend_parts,
+)
 from .loss_libra import libra_loss
 from .routing_libra import packed_starts, plan_routing
 
@@ -57,7 +66,16 @@ class LibraPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LibraRoutedLayer", "LibraHybridEmbedding"]
-    _skip_keys_device_placement = ["past_key_values"]
+    # What a layer gets that stays where it is; layers are modules with hooks of their own, or on disk.
+    _skip_keys_device_placement = [
+        "cache",
+        "past_key_values",
+        "memory",
+        "routed_layer",
+        "language_layer",
+        "language_attention",
+        "vision_attention",
+    ]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -89,6 +107,8 @@ class LibraModel(LibraPreTrainedModel):
         super().__init__(config)
         # Both halves in the dtype this model is built in, whatever dtype the LLM's own configuration was saved with.
         self.language_model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
+        for layer in self.language_model.layers:
+            lend_parts(layer)
         self.vision_model = LibraVisionModel(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -112,6 +132,7 @@ class LibraModel(LibraPreTrainedModel):
         image_features: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         only_last: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         r"""
@@ -120,10 +141,11 @@ class LibraModel(LibraPreTrainedModel):
                 Flat ids: text in `[0, V)`, image codes, BOI, EOI (see [`LibraConfig`]).
             attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*): 0 on padding.
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): image tokens count like text.
-            past_key_values (`Cache`, *optional*): any cache of transformers; see [`BridgeMemory`].
+            cache, past_key_values (`Cache`, *optional*):
+                Any cache of transformers (see [`BridgeMemory`]), under its name of today or of before transformers 5.24.
             image_features (`torch.FloatTensor` of shape `(images, patches, feature_size)`, *optional*):
                 CLIP features of the whole images of `input_ids`, in reading order over the batch. Absent: zeros.
-            use_cache (`bool`, *optional*): whether to return `past_key_values`.
+            use_cache (`bool`, *optional*): whether to return the cache.
             only_last (`bool`, *optional*, defaults to `False`):
                 Whether `last_hidden_state` may hold the last token of each row only. With images the last layer then
                 computes no more than that, and keys and values of the rest.
@@ -139,20 +161,21 @@ class LibraModel(LibraPreTrainedModel):
             raise ValueError("LibraModel needs input_ids: a token's modality is read from its id.")
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past_length = cache.get_seq_length() if cache is not None else 0
         if not torch.compiler.is_compiling():
             past_length = int(past_length)  # static caches count in a tensor
         starts = None
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + past_length
-        elif attention_mask is None and past_key_values is None:
+        elif attention_mask is None and cache is None:
             starts = packed_starts(position_ids)
 
         memory = None
-        if past_key_values is not None and self.config.use_bridge:
-            memory = BridgeMemory(past_key_values, self._layer_types)
+        if cache is not None and self.config.use_bridge:
+            memory = BridgeMemory(cache, self._layer_types)
         is_vision = input_ids >= self.config.text_vocab_size
         routing, masks = None, attention_mask
         if self._needs_routing(is_vision):
@@ -161,9 +184,7 @@ class LibraModel(LibraPreTrainedModel):
         if memory is not None:  # after the last check: wrong input leaves the cache as it was
             memory.remember_tokens(position_ids, is_vision)
         if routing is None and not isinstance(attention_mask, dict):
-            masks = create_masks_for_generate(
-                self.config, language, attention_mask, past_key_values, position_ids=position_ids
-            )
+            masks = create_masks_for_generate(self.config, language, attention_mask, cache, position_ids=position_ids)
         position_embeddings = self._rotary(language, position_ids, routing, memory)
 
         records = kwargs.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False)
@@ -171,14 +192,14 @@ class LibraModel(LibraPreTrainedModel):
             is_last = layer is self.vision_model.layers[-1]
             if records:
                 self.vision_model.sequence(language, vision, routing)
-            language, vision = layer(
+            _, language, vision = self.language_model.layers[i](
                 language,
                 vision,
-                self.language_model.layers[i],
                 routing,
+                routed_layer=layer,
                 attention_mask=masks[self._layer_types[i]] if isinstance(masks, dict) else masks,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                cache=cache,
                 memory=memory,
                 only_last=only_last and is_last,
                 **kwargs,
@@ -191,7 +212,7 @@ class LibraModel(LibraPreTrainedModel):
         vision = None if vision is None else self.vision_model.norm(vision)
         return BaseModelOutputWithPast(
             last_hidden_state=self.vision_model.sequence(language, vision, routing),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
     @property
@@ -250,35 +271,33 @@ class LibraModel(LibraPreTrainedModel):
 
 
 @dataclass
-class LibraCausalLMOutputWithPast(ModelOutput):
+class LibraCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
-    Output of [`LibraForCausalLM`].
+    Output of [`LibraForCausalLM`]: that of transformers, and what is visual.
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, with labels):
             Cross entropy averaged over all supervised tokens of both modalities together.
         text_loss, vision_loss (`torch.FloatTensor` of shape `()`, *optional*, with labels):
             The same over the text targets and over the vision targets alone (0 where there is none).
+        codebook_losses (`torch.FloatTensor` of shape `(num_codebooks,)`, *optional*, with labels):
+            The terms of each codebook; `vision_loss` is their mean.
         logits (`torch.FloatTensor` of shape `(batch, kept rows, V)`, *optional*):
             Of the language head, `-inf` on rows of vision tokens. None in training with labels. In a generation step
             (`logits_to_keep=1`) whose last row is a vision token: `(batch, 1, V + codes + 2)` over the flat ids.
         vision_logits (`torch.FloatTensor` of shape `(vision rows, num_codebooks, codebook_size + 2)`, *optional*):
             Of the vision heads, for the kept vision rows in reading order. None where there is no such row.
-        past_key_values (`Cache`, *optional*): the cache.
+        cache (`Cache`, *optional*): the cache; its name before transformers 5.24, `past_key_values`, reads it too.
         hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*): as in transformers.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     vision_logits: torch.FloatTensor | None = None
     text_loss: torch.FloatTensor | None = None
     vision_loss: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    codebook_losses: torch.FloatTensor | None = None
 
 
-class LibraForCausalLM(LibraGenerationMixin, LibraPreTrainedModel, GenerationMixin):
+class LibraForCausalLM(LibraAttentionMapsMixin, LibraGenerationMixin, LibraPreTrainedModel, GenerationMixin):
     """
     Libra with its heads: the LLM's on language rows, one per codebook on vision rows. Reads and writes text and images.
 
@@ -327,11 +346,12 @@ class LibraForCausalLM(LibraGenerationMixin, LibraPreTrainedModel, GenerationMix
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> LibraCausalLMOutputWithPast:
         r"""
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, image_features, use_cache:
+            input_ids, attention_mask, position_ids, cache, past_key_values, image_features, use_cache:
                 As in [`LibraModel.forward`].
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Flat ids like `input_ids`, -100 where nothing is supervised. BOI, padding, and the newline after an
@@ -353,7 +373,7 @@ class LibraForCausalLM(LibraGenerationMixin, LibraPreTrainedModel, GenerationMix
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             image_features=image_features,
             use_cache=use_cache,
             only_last=isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None and not records,
@@ -378,7 +398,7 @@ class LibraForCausalLM(LibraGenerationMixin, LibraPreTrainedModel, GenerationMix
             **losses,
             logits=logits,
             vision_logits=vision_logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

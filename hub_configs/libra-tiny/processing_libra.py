@@ -146,6 +146,7 @@ class LibraProcessor(ProcessorMixin):
         audio: None = None,
         generation_mode: str = "text",
         tokenize_images: bool = True,
+        image_rows: int | None = None,
         **kwargs,
     ) -> BatchFeature:
         r"""
@@ -165,6 +166,11 @@ class LibraProcessor(ProcessorMixin):
             tokenize_images (`bool`, *optional*, defaults to `True`):
                 `False` stops at `pixel_values`: every code in `input_ids` is a placeholder until
                 [`~LibraProcessor.tokenize_images`] is called on the batch.
+            image_rows (`int`, *optional*):
+                With `generation_mode="image"`, how many of the `image_grid` rows of patches are given: every row of ids
+                ends in BOI and the codes of these, and the model completes the image (Section 4.3). `images` are those
+                to complete, one for each text; the texts, if there are any, come before and hold no `<image>`. An image
+                that is written has no features, so none are returned.
             kwargs: Options of the tokenizer (`padding`, `padding_side`, `truncation`, `max_length`, `return_tensors`,
                 `add_special_tokens`, ...). `padding` defaults to `True` when `return_tensors` is set.
 
@@ -178,12 +184,17 @@ class LibraProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: If images and places do not match, an image cannot be read, a row is longer than the context
-                of the tokenizer, or truncation would cut into an image. The message names the row.
+                of the tokenizer, truncation would cut into an image, or `image_rows` does not fit the rest. The message
+                names the row.
         """
         if videos is not None or audio is not None:
             raise ValueError("Libra reads text and images; pass neither `videos` nor `audio`.")
         if generation_mode not in ("text", "image"):
             raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
+        if image_rows is not None:
+            if generation_mode != "image" or not tokenize_images:
+                raise ValueError("image_rows needs generation_mode='image' and tokenize_images=True.")
+            return self._begin_images(images, text, image_rows, kwargs)
         images, per_row = _flatten_images(images)
         rows = _make_rows(text, len(images), per_row)
         _check_places(rows, len(images), per_row)
@@ -285,6 +296,26 @@ class LibraProcessor(ProcessorMixin):
                     f"Row {index} has {length} tokens, but the context of the model is {limit}. Shorten the text or "
                     f"use fewer images ({self.num_image_tokens} tokens each)."
                 )
+
+    def _begin_images(self, images, text, image_rows: int, kwargs: dict[str, Any]) -> BatchFeature:
+        """Rows that end in the first rows of patches of an image: whole images, with the rest cut off."""
+        if not 0 <= image_rows < self.image_grid:
+            raise ValueError(
+                f"image_rows is {image_rows}; an image has {self.image_grid} rows: 0 to all but one of them."
+            )
+        images, _ = _flatten_images(images)
+        texts = [""] * len(images) if text is None else _make_rows(text, len(images), None)
+        if len(texts) != len(images) or any(IMAGE_TOKEN in row for row in texts):
+            raise ValueError(
+                f"With image_rows every text has one image and no {IMAGE_TOKEN}; got {len(images)} images."
+            )
+        batch = self(images=images, text=[row + IMAGE_TOKEN for row in texts], **kwargs)
+        rows = _as_lists(batch["input_ids"])
+        if any(row[-1] != self.eoi_token_id for row in rows):
+            raise ValueError("image_rows needs padding_side='left': every row must end in its image.")
+        end = image_rows * self.image_grid + 1 - self.num_image_tokens  # negative: what is cut off
+        given = {name: _as_lists(batch[name]) for name in ("input_ids", "attention_mask") if name in batch}
+        return BatchFeature({name: _like([row[:end] for row in of], batch[name]) for name, of in given.items()})
 
     def _append_boi(self, batch: BatchFeature):
         masks = _as_lists(batch.get("attention_mask", []))

@@ -53,6 +53,8 @@ VISION_FIELDS = (
     "expert_down_ratio",
     "bridge_rank",
     "use_bridge",
+    "use_expert",
+    "use_continuous_features",
     "newline_token_id",
 )
 """Fields of a [`LibraConfig`] that a vision system must share with a model it is put into."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modeling_libra import LibraForCausalLM
+from modeling_libra.cache_libra import CACHE_NAME
 
 from . import counts
 from .counts import Rows
@@ -149,12 +150,12 @@ def _measure_wide_prefill(settings: BenchSettings) -> Figure:
 
 def _step_workload(model: nn.Module, prompt: Prompt) -> Workload:
     """One text token after the prompt; the cache is cropped back each time."""
-    cache = _prefill(model, prompt).past_key_values
+    cache = _prefill(model, prompt)[CACHE_NAME]
     step = torch.tensor([[5]])
 
     @torch.no_grad()
     def run():
-        return model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return model(input_ids=step, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
 
     return Workload(run, reset=lambda: cache.crop(-1))
 
@@ -172,8 +173,8 @@ def _measure_decode(settings: BenchSettings) -> Figure:
 def _measure_cache(settings: BenchSettings) -> Figure:
     pair = _build_pair(settings, settings.shape)
     config = pair.libra.config
-    ours = cache_bytes(_prefill(pair.libra, _image_prompt(settings, config)).past_key_values)
-    bare = cache_bytes(_prefill(pair.llama, _text_prompt(settings, config)).past_key_values)
+    ours = cache_bytes(_prefill(pair.libra, _image_prompt(settings, config))[CACHE_NAME])
+    bare = cache_bytes(_prefill(pair.llama, _text_prompt(settings, config))[CACHE_NAME])
     libra, llama, _ = counts.cache_floor(config, settings.num_tokens)
     title = f"cache of {settings.num_tokens} tokens, {settings.shape}"
     return Figure("cache", title, "bare LLM", "bytes", (Run((ours,), (bare,)),), libra / llama, settings.bar("cache"))
@@ -281,7 +282,7 @@ def _measure_naive_cache(settings: BenchSettings) -> Figure:
     libra, prompt = _checked_libra(settings)
     with torch.no_grad():
         _, cache = naive_forward(libra, *prompt)
-    run = Run((cache_bytes(_prefill(libra, prompt).past_key_values),), (cache_bytes(cache),))
+    run = Run((cache_bytes(_prefill(libra, prompt)[CACHE_NAME]),), (cache_bytes(cache),))
     ours, _, both_views = counts.cache_floor(libra.config, settings.num_tokens)
     title = f"cache of {settings.num_tokens} tokens, {settings.shape}"
     return Figure("naive-cache", title, "naive form", "bytes", (run,), ours / both_views, settings.bar("naive-cache"))

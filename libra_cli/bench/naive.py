@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import rotate_half
 
 from modeling_libra import LibraForCausalLM
+from modeling_libra.cache_libra import CACHE_NAME
 
 NaiveCache = list[tuple[torch.Tensor, ...]]
 """A layer's keys and values of the language view, then those of the vision view: `(batch, heads, length, head_dim)`."""
@@ -152,6 +153,6 @@ def largest_difference(
         differences.append(naive[:, 0, is_vision, text_size:].transpose(0, 1) - output.vision_logits)
     step = torch.tensor([[step_id]])
     naive_step, _ = naive_forward(model, step, cache=naive_cache)
-    model_step = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+    model_step = model(input_ids=step, cache=output[CACHE_NAME], use_cache=True, logits_to_keep=1)
     differences.append(naive_step[0, :, :, :text_size] - model_step.logits)
     return max(difference.abs().max().item() for difference in differences)

@@ -21,6 +21,7 @@ from libra_cli.bench.report import format_table
 from libra_cli.bench.settings import BARS, BenchSettings, Shape
 from libra_cli.main import main
 from modeling_libra import LibraConfig
+from modeling_libra.cache_libra import CACHE_NAME
 
 TINY = BenchSettings(
     shape=Shape(32, 48, 2),
@@ -145,7 +146,7 @@ def test_a_row_costs_one_multiply_add_a_weight(libra, llama):
 
 def test_bytes_of_the_step_and_of_the_caches(libra, llama, text_ids, image_prompt):
     ours, bare, naive = counts.cache_floor(libra.config, SMALL.num_tokens)
-    cache = llama(text_ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = llama(text_ids, use_cache=True, logits_to_keep=1)[CACHE_NAME]
     assert cache_bytes(cache) == bare
     assert cache_bytes(naive_forward(libra, *image_prompt)[1]) == naive
     assert ours == bare + SMALL.num_tokens * SMALL.shape.num_layers * 2 * libra.config.bridge_rank * 4

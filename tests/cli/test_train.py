@@ -75,7 +75,7 @@ def test_help_of_all_stages(capsys):
 def test_a_stage_there_is_not(capsys):
     code, _, err = stopped(capsys, "everything")
     assert code == 2
-    assert "'everything' (choose from 'clip', 'llm', 'tokenizer', 'pretrain', 'sft')" in err
+    assert "'everything' (choose from 'clip', 'llm', 'tokenizer', 'pretrain', 'sft', 'dpo')" in err
 
 
 def test_wrong_options_are_said_in_a_line(fails, capsys, tmp_path):

@@ -17,7 +17,8 @@ from libra_cli.export import (
     remote_code_files,
     write_code,
 )
-from libra_cli.loading import load_libra
+from libra_cli.loading import load_libra, load_model
+from libra_cli.push import plan_push
 from tests.modeling.toys import make_config, make_model
 
 
@@ -85,11 +86,29 @@ def test_weights_in_half_precision_load_in_full(bare, tmp_path):
         assert weight.dtype == torch.float32
 
 
+def test_shards_load_as_one_file_does(repo, tmp_path):
+    sizes = {"whole": "5GB", "shards": "200KB"}
+    folders = {name: export_folder(repo, tmp_path / name, max_shard_size=size) for name, size in sizes.items()}
+    for part in ("", "image_tokenizer"):
+        assert not list((folders["whole"] / part).glob("model-*"))
+        assert len(list((folders["shards"] / part).glob("model-*-of-*.safetensors"))) > 2
+        assert not (folders["shards"] / part / "model.safetensors").exists()
+    (one, _), (many, _) = (load_libra(folder) for folder in folders.values())
+    assert all(torch.equal(weight, many.state_dict()[name]) for name, weight in one.state_dict().items())
+    assert plan_push("team/libra-toy", folders["shards"]).problems == []
+
+
+@pytest.mark.parametrize("size", ["0", "0GB", "5", "many", "-1GB"])
+def test_what_is_no_shard_size(repo, tmp_path, size):
+    with pytest.raises(ValueError, match="largest weights file"):
+        export_folder(repo, tmp_path / "repo", max_shard_size=size)
+
+
 def test_tied_weights_are_stored_once(repo, tmp_path):
     model, (_, processor) = make_model(make_config(text={"tie_word_embeddings": True})), load_libra(repo)
     folder = export_repo(model, processor, tmp_path / "repo", weights_dtype=torch.float16)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    assert load_libra(folder)[0].lm_head.weight.dtype == torch.float32
+    assert load_model(folder).lm_head.weight.dtype == torch.float32
 
 
 def test_weights_too_large_for_the_dtype(bare, tmp_path):

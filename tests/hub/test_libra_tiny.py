@@ -51,10 +51,10 @@ def test_names_single_objects(captioner, drawings, least, capsys):
 def test_first_command_of_the_readme(capsys, monkeypatch):
     monkeypatch.delenv("LIBRA_MODEL", raising=False)
     monkeypatch.chdir(REPOSITORY)
-    assert main(["caption", "samples/key.png"]) == 0
+    assert main(["caption", "samples/airplane.png"]) == 0
     printed = capsys.readouterr().out
     assert printed in (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert printed == "samples/key.png: key\n"
+    assert printed == "samples/airplane.png: airplane\n"
 
 
 def test_draws_an_image():

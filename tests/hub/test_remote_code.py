@@ -166,7 +166,8 @@ def test_repository_carries_all_code(runs, place):
 
 
 def test_nothing_alarming_is_printed(run):
-    lines = [line for line in run.stderr.splitlines() if "|" not in line]  # progress bars
+    # Not progress bars, and not what torch says of torchao, which transformers imports where it is installed.
+    lines = [line for line in run.stderr.splitlines() if "|" not in line and "torch/utils/_pytree.py" not in line]
     assert not [line for line in lines if "rror" in line or "not supported" in line or "newly initialized" in line]
 
 

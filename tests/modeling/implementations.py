@@ -44,7 +44,9 @@ def use_flash(model: LibraForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Libra
         supports_mapping=defaultdict(bool, dropout_p=True, window_size=True),
     )
     functions = flash_attn_func, flash_attn_varlen_func, None, utils._pad_input, utils._unpad_input
-    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda *args, **kwargs: (functions, (process, None)))
+    # Later releases have a second function, for paged caches.
+    prepare = (process, None) if hasattr(utils, "_process_with_kvcache_kwargs_fn") else process
+    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda *args, **kwargs: (functions, prepare))
     for config in (model.config, model.config.text_config):
         config._attn_implementation = "flash_attention_2"
     return model

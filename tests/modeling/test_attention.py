@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from modeling_libra import routing_libra
+from modeling_libra.cache_libra import CACHE_NAME
 from modeling_libra.routing_libra import QUERY_BLOCK, Block, Run, packed_starts, plan_routing
 from tests.modeling.implementations import running, use_flash
 from tests.modeling.toys import (
@@ -93,11 +94,11 @@ def test_a_later_image_through_the_cache(family, query_block):
         cache = DynamicCache(config=config)
         outputs(
             MODELS[family], attention,
-            input_ids=ids[:, :cut], attention_mask=mask[:, :cut], past_key_values=cache,
+            input_ids=ids[:, :cut], attention_mask=mask[:, :cut], **{CACHE_NAME: cache},
         )  # fmt: skip
         return outputs(
             MODELS[family], attention,
-            input_ids=ids[:, cut:], attention_mask=mask, past_key_values=cache,
+            input_ids=ids[:, cut:], attention_mask=mask, **{CACHE_NAME: cache},
         )  # fmt: skip
 
     whole = outputs(MODELS[family], "sdpa", input_ids=ids, attention_mask=mask, use_cache=False)
@@ -138,7 +139,7 @@ def batches(draw):
     return *pad(rows, draw(st.sampled_from(["left", "right"]))), draw(st.integers(1, 5))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batch=batches(), family=st.sampled_from(sorted(FAMILIES)))
 def test_any_layout(batch, family):
     ids, mask, block = batch
@@ -170,7 +171,7 @@ def test_streams_and_sequence(batch, past):
         assert places == stream.rows.tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(batch=batches(), family=st.sampled_from(sorted(FAMILIES)), attention=st.sampled_from(["sdpa", *OTHERS]))
 def test_the_last_token_alone(batch, family, attention):
     """Where only the last token is asked for, the last layer computes nothing else; it gives the same, cache included."""
@@ -182,7 +183,7 @@ def test_the_last_token_alone(batch, family, attention):
     real = mask[:, -1].bool()
     wide = last.logits[real][:, 0, :50]  # an image's last token has scores over all ids; text's are -inf there
     assert_same(wide, whole.logits[real][:, -1], 2e-5)
-    for ours, theirs in zip(last.past_key_values.layers, whole.past_key_values.layers, strict=True):
+    for ours, theirs in zip(last[CACHE_NAME].layers, whole[CACHE_NAME].layers, strict=True):
         assert_same(ours.keys, theirs.keys, 2e-5)
         assert_same(ours.values, theirs.values, 2e-5)
     is_vision = (ids[:, -1] >= 50) & real

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_libra.cache_libra import CACHE_NAME
 from modeling_libra.generation_libra import LibraImageGrammar, cut_between_images
 from modeling_libra.image_blocks_libra import check_image_blocks
 from tests.modeling.toys import (
@@ -57,7 +58,7 @@ def assert_grammar(generated, prompt_length):
             assert (row[place - 1] != EOI) or row[place] == NEWLINE
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     names=st.lists(st.sampled_from(sorted(PROMPTS)), min_size=1, max_size=4),
     seed=st.integers(0, 2**31),
@@ -216,8 +217,8 @@ def test_scores_and_logits_are_returned():
 def test_caches(name, cache):
     inputs, _ = prompt_inputs([name, "text"])
     chosen = {
-        "dynamic": lambda: {"past_key_values": DynamicCache(config=CONFIG)},
-        "static": lambda: {"past_key_values": StaticCache(config=CONFIG, max_cache_len=40)},
+        "dynamic": lambda: {CACHE_NAME: DynamicCache(config=CONFIG)},
+        "static": lambda: {CACHE_NAME: StaticCache(config=CONFIG, max_cache_len=40)},
         "implementation": lambda: {"cache_implementation": "static", "disable_compile": True},
     }[cache]()
     assert torch.equal(MODEL.generate(**inputs, **GREEDY, **chosen), MODEL.generate(**inputs, **GREEDY))
@@ -235,7 +236,7 @@ def test_uncached_with_an_image_read_and_one_written(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_second_turn_with_an_image_through_the_cache(family):
-    """A chat goes on from `past_key_values`; the new turn brings an image to one of the rows."""
+    """A chat goes on from its cache; the new turn brings an image to one of the rows."""
     model = make_model(make_config(family))
     inputs, _ = prompt_inputs(["image, then text", "text"])
     first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
@@ -252,7 +253,7 @@ def test_second_turn_with_an_image_through_the_cache(family):
 
     expected = logits(features)
     assert not torch.allclose(logits(torch.zeros_like(features)), expected, atol=1e-2)
-    assert_same(logits(features, past_key_values=first.past_key_values), expected)
+    assert_same(logits(features, **{CACHE_NAME: first[CACHE_NAME]}), expected)
 
 
 class Collector(BaseStreamer):

@@ -1,10 +1,13 @@
 """Text through Libra is, bit for bit, text through the bare language model it was built on."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.modeling.toys import FAMILIES_AND_KERNELS, make_config, make_model, pad, randomize
+from tests.modeling.toys import FAMILIES_AND_KERNELS, NEWLINE, make_config, make_image, make_model, pad, randomize
 
 ROWS = [[1, 5, 9, 33, 12, 40, 21, 8, 7], [1, 44, 3], [1, 6, 6, 6, 17, 25]]
 
@@ -73,3 +76,26 @@ def test_training_gradients(toy_model, toy_config):
     ours = dict(toy_model.model.language_model.named_parameters())
     for name, parameter in bare.model.named_parameters():
         torch.testing.assert_close(ours[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_its_layers_are_called(toy_model, with_image):
+    """Engines act on the call of a layer; whatever is in the batch, each is called once, and so is Libra's beside it."""
+    called = []
+    for layers in (toy_model.model.language_model.layers, toy_model.model.vision_model.layers):
+        for layer in layers:
+            layer.register_forward_hook(lambda module, *_: called.append(module))
+    ids = torch.tensor([[1, 5, *([*make_image(toy_model.config), NEWLINE] if with_image else []), 7]])
+    toy_model(ids)
+    pairs = zip(toy_model.model.vision_model.layers, toy_model.model.language_model.layers)
+    assert called == [layer for pair in pairs for layer in pair]  # the LLM's around Libra's
+
+
+def test_it_still_works_alone(toy_model):
+    """Also after a copy, and from a file of the whole model: the layers are not tied to the model they were made in."""
+    ids = torch.tensor([[1, 5, 7]])
+    expected = toy_model.model(ids, use_cache=False).last_hidden_state
+    for model in (toy_model, copy.deepcopy(toy_model), pickle.loads(pickle.dumps(toy_model))):
+        alone = model.model.language_model
+        assert torch.equal(alone(ids, use_cache=False).last_hidden_state, expected)
+        assert alone.layers[0].forward.args[0] is alone.layers[0]

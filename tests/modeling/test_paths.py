@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from modeling_libra import LibraForCausalLM
+from modeling_libra.cache_libra import CACHE_NAME
 from tests.modeling.toys import (
     FAMILIES,
     FAMILIES_AND_KERNELS,
@@ -43,7 +44,7 @@ def in_chunks(model, ids, cuts, features=None, mask=None, cache=None):
     cache = DynamicCache(config=model.config) if cache is None else cache
     logits = []
     for begin, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
-        inputs = {"past_key_values": cache, "features": (features or {}).get(begin)}
+        inputs = {CACHE_NAME: cache, "features": (features or {}).get(begin)}
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, begin:end]
             inputs |= {"attention_mask": mask[:, :end], "position_ids": positions}
@@ -76,7 +77,7 @@ def test_vision_logits_through_the_cache(any_model):
     expected = full(any_model, ids, use_cache=False).vision_logits
     cache, parts = DynamicCache(config=any_model.config), []
     for chunk in ids.split(5, dim=1):
-        parts.append(full(any_model, chunk, past_key_values=cache).vision_logits)
+        parts.append(full(any_model, chunk, **{CACHE_NAME: cache}).vision_logits)
     assert_same(torch.cat([part for part in parts if part is not None]), expected)
 
 
@@ -184,9 +185,9 @@ def test_caches(model, cache_class):
 
 def test_cache_is_returned_when_asked(toy_model):
     ids = torch.tensor([[1, 5, 7]])
-    assert full(toy_model, ids, use_cache=True).past_key_values.get_seq_length() == 3
-    assert full(toy_model, ids, use_cache=False).past_key_values is None
-    assert toy_model.train()(input_ids=ids).past_key_values is None
+    assert full(toy_model, ids, use_cache=True)[CACHE_NAME].get_seq_length() == 3
+    assert CACHE_NAME not in full(toy_model, ids, use_cache=False)
+    assert CACHE_NAME not in toy_model.train()(input_ids=ids)
 
 
 def test_tuples(toy_model):

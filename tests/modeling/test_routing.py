@@ -16,6 +16,15 @@ from tests.modeling.toys import (
     pad,
 )
 
+# The whole model, and it without the parts that Table 3 of the paper takes away.
+SWITCHES = [
+    {},
+    {"use_bridge": False},
+    {"use_expert": False},
+    {"use_expert": False, "use_bridge": False},
+    {"use_continuous_features": False},
+]
+
 
 class NaiveLibra:
     """One row at a time, one token at a time, one query/key pair at a time, in float64; nothing is shared with the model
@@ -45,7 +54,12 @@ class NaiveLibra:
         return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()])
 
     def side(self, is_vision):
+        """Whose final norm and, with an expert, whose layers a token meets."""
         return "model.vision_model" if is_vision else "model.language_model"
+
+    def layer(self, layer, is_vision):
+        """Whose norms, projections and MLP a token meets in a layer."""
+        return f"{self.side(is_vision and self.config.use_expert)}.layers.{layer}"
 
     def embed(self, token, feature):
         """A text embedding, or `W RMSNorm(concat(E1(id1), E2(id2), E_c))`."""
@@ -55,6 +69,8 @@ class NaiveLibra:
         entries = {size**2: (size, size), size**2 + 1: (size + 1, size + 1)}.get(code, divmod(code, size))
         name = "model.vision_model.embedding"
         discrete = [self.weights[f"{name}.embed_tokens.{k}.weight"][entry] for k, entry in enumerate(entries)]
+        if not self.config.use_continuous_features:
+            return torch.cat(discrete)
         return self.linear(f"{name}.proj", self.norm(f"{name}.norm", torch.cat([*discrete, feature])))
 
     def heads(self, name, x):
@@ -64,7 +80,7 @@ class NaiveLibra:
         """The outputs of one layer's attention, and its weights `(heads, queries, keys)`."""
         queries, keys, values, bridge_keys, bridge_values = [], [], [], [], []
         for x, vision in zip(rows, is_vision):
-            attention = f"{self.side(vision)}.layers.{layer}.self_attn"
+            attention = f"{self.layer(layer, vision)}.self_attn"
             query, key = self.heads(f"{attention}.q_proj", x), self.heads(f"{attention}.k_proj", x)
             if self.text.model_type == "qwen3":
                 query, key = self.norm(f"{attention}.q_norm", query), self.norm(f"{attention}.k_norm", key)
@@ -93,7 +109,7 @@ class NaiveLibra:
                 row = torch.stack(scores).softmax(0)
                 weights[head, i, i + 1 - len(seen) : i + 1] = row
                 heads.append(row @ torch.stack(seen))
-            outputs.append(self.linear(f"{self.side(vision)}.layers.{layer}.self_attn.o_proj", torch.cat(heads)))
+            outputs.append(self.linear(f"{self.layer(layer, vision)}.self_attn.o_proj", torch.cat(heads)))
         return outputs, weights
 
     def first_visible(self, layer, query):
@@ -118,7 +134,7 @@ class NaiveLibra:
         rows = [self.embed(token, next(remaining) if V <= token < BOI else blank) for token in ids]
         weights = []
         for layer in range(self.text.num_hidden_layers):
-            names = [f"{self.side(vision)}.layers.{layer}" for vision in is_vision]
+            names = [self.layer(layer, vision) for vision in is_vision]
             normed = [self.norm(f"{name}.input_layernorm", row) for name, row in zip(names, rows)]
             outputs, layer_weights = self.attention(layer, normed, is_vision)
             weights.append(layer_weights)
@@ -129,11 +145,11 @@ class NaiveLibra:
         return torch.stack(hidden), weights
 
 
-@pytest.mark.parametrize("use_bridge", [True, False], ids=["bridge", "no bridge"])
+@pytest.mark.parametrize("switches", SWITCHES, ids=["whole", *(" and ".join(off) for off in SWITCHES[1:])])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_definition(family, attention, use_bridge):
-    config = make_config(family, use_bridge=use_bridge)
+def test_definition(family, attention, switches):
+    config = make_config(family, **switches)
     model = make_model(config, attention)
     ids = make_rows(config)[0]
     features = make_features(config, 2)

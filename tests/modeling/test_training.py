@@ -91,8 +91,8 @@ def test_activation_checkpointing(toy_model, batch, text_batch, frozen, reentran
 
     inputs = [batch] if frozen else [batch, text_batch]  # a text batch reaches a frozen LLM without any gradient
     expected = [trained(one) for one in inputs]
-    toy_model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    assert toy_model.is_activation_checkpointing
+    toy_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert toy_model.is_gradient_checkpointing
     toy_model.enable_input_require_grads()
     for one, gradient in zip(inputs, expected, strict=True):
         actual = trained(one)

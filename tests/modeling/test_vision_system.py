@@ -116,6 +116,14 @@ def test_tied_embeddings(tmp_path):
     assert_same_model(loaded, model)
 
 
+@pytest.mark.parametrize("part", ["use_bridge", "use_expert", "use_continuous_features"])
+def test_there_and_back_without_a_part(part, tmp_path):
+    llm = make_llm(tmp_path / "llm")
+    model = make_libra(llm, **{part: False})
+    save_vision_system(model, tmp_path / "vision", llm)
+    assert_same_model(load_vision_system(tmp_path / "vision"), model)
+
+
 def test_only_the_vision_system_is_saved(saved):
     weights = load_file(saved.vision / "vision_system.safetensors")
     assert weights.keys() == {name for name in saved.model.state_dict() if "vision" in name}
@@ -210,6 +218,8 @@ def test_replacing_keeps_the_language_model_and_the_dtype(saved):
         ({"num_hidden_layers": 3}, {}, r"num_hidden_layers 3 \(expected 2\)"),
         ({}, {"image_grid": 3}, r"image_grid 3 \(expected 2\)"),
         ({}, {"use_bridge": False}, r"use_bridge False \(expected True\)"),
+        ({}, {"use_expert": False}, r"use_expert False \(expected True\)"),
+        ({}, {"use_continuous_features": False}, r"use_continuous_features False \(expected True\)"),
         ({"head_dim": 12}, {}, r"q_proj\.A\.weight is \(8, 32\), expected \(12, 32\)"),
     ],
 )

@@ -74,7 +74,7 @@ def test_padded_pixels_are_almost_zero_after_normalization(image_processor, phot
     assert pixels[0, 16, 4] > 1.5  # red on the left
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     width=st.integers(1, 60), height=st.integers(1, 60), mode=st.sampled_from(["RGB", "L", "RGBA", "P", "1", "CMYK"])
 )

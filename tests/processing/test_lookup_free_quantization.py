@@ -11,7 +11,7 @@ def make_quantizer(dim=12, num_codebooks=2, codebook_size=16) -> LookupFreeQuant
     return LookupFreeQuantizer(dim, num_codebooks, codebook_size).eval()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(bits=st.integers(1, 10), num_codebooks=st.integers(1, 4), seed=st.integers(0, 2**20))
 def test_codes_survive_the_round_trip_through_signs(bits, num_codebooks, seed):
     quantizer = LookupFreeQuantizer(dim=8, num_codebooks=num_codebooks, codebook_size=2**bits)
@@ -22,7 +22,7 @@ def test_codes_survive_the_round_trip_through_signs(bits, num_codebooks, seed):
     assert torch.equal(quantizer.signs_to_codes(signs), codes)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**20), scale=st.floats(1e-3, 1e3))
 def test_quantized_vectors_are_those_of_their_codes(seed, scale):
     quantizer = make_quantizer()

@@ -12,7 +12,7 @@ from training.discriminator import Adversary, PatchDiscriminator, hinge_loss
 
 
 @given(num_layers=st.integers(1, 3), size=st.integers(6, 40))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_one_logit_per_patch(num_layers, size):
     discriminator = PatchDiscriminator(channels=8, num_layers=num_layers)
     if size < discriminator.smallest_image:

@@ -65,3 +65,16 @@ def test_the_summary_of_a_run_has_no_terms(trainer):
     summary = trainer.state.log_history[-1]
     assert "train_loss" in summary
     assert not {"value", "train_value"} & summary.keys()
+
+
+def test_batches_that_a_term_does_not_count_for(trainer):
+    """Their values leave its mean alone; a term that counted for none is not logged."""
+    yes, no = torch.tensor(True), torch.tensor(False)
+    trainer.model.train()
+    for value, count in ((1.0, yes), (100.0, no), (3.0, yes)):
+        terms = {name: torch.tensor(value) for name in ("value", "often", "never")}
+        trainer.keep_terms(terms, {"often": count, "never": no})
+    logs = {"loss": 1.0}
+    trainer.log(logs)
+    assert (logs["value"], logs["often"]) == (pytest.approx(104 / 3, abs=1e-4), 2)
+    assert "never" not in logs

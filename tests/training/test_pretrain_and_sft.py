@@ -1,32 +1,20 @@
 """Stages 1 and 2: what is supervised, what is trained, that a killed run goes on, that the result loads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from libra_cli.init import init_libra
 from modeling_libra import LibraForCausalLM
-from processing.image_processing_libra import LibraImageProcessor
-from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 from processing.processing_libra import LibraProcessor
-from training import pretrain, sft, train_llm
-from training.data import DataArguments, load_caption_data, load_conversations
+from tests.training.libra_parts import make_parts
+from training import pretrain, sft
+from training.data import DataArguments, load_caption_data, load_world_conversations
 from training.pretrain import LibraPretrainer, PretrainCollator, freeze_language_model
-
-LLM = """
-model_config: {vocab_size: 800, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
-train_documents: 200
-eval_documents: 8
-tokenizer_documents: 200
-block_size: 64
-eval_prompts: 2
-max_steps: 1
-per_device_train_batch_size: 2
-report_to: none
-use_cpu: true
-disable_tqdm: true
-"""
+from training.world.questions import PROMPT_CAPTION
 
 SHORT = """
 dataset: world
@@ -49,22 +37,7 @@ seed: 0
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Folders of an untrained language model and an untrained image tokenizer."""
-    folder = tmp_path_factory.mktemp("parts")
-    (folder / "llm.yaml").write_text(LLM)
-    train_llm.main(["--config", str(folder / "llm.yaml"), "--output_dir", str(folder / "llm")])
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=12
-    )
-    tokenizer = LibraImageTokenizer.from_clip(
-        CLIPVisionModel(config), select_layers=[1, 2], embed_dim=16, z_channels=32, ch=32, ch_mult=[1, 1],
-        codebook_size=16, num_res_blocks=0, attn_resolutions=[], num_attn_heads=1, resolution=48,
-    )  # fmt: skip
-    tokenizer.save_pretrained(folder / "image_tokenizer")
-    LibraImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}).save_pretrained(
-        folder / "image_tokenizer"
-    )
-    return folder
+    return make_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture
@@ -105,11 +78,16 @@ def test_pretraining_supervises_codes_and_captions(libra, data, draw):
     batch = processor.tokenize_images(batch)
     for ids, labels, sample in zip(batch["input_ids"], batch["labels"], samples):
         is_vision = ids >= processor.text_vocab_size
-        assert torch.equal(labels[is_vision], ids[is_vision])
+        is_boi = ids == processor.boi_token_id
+        assert torch.equal(labels[is_vision & ~is_boi], ids[is_vision & ~is_boi])
+        assert (labels[is_boi] == -100).all()
         supervised = processor.decode(labels[(labels >= 0) & ~is_vision]).replace(processor.tokenizer.bos_token, "")
         assert supervised.strip() == ("" if draw else sample["text"] + processor.tokenizer.eos_token)
-    loss = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "image_features", "labels")}).loss
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "image_features", "labels")}
+    loss = model(**inputs).loss
     assert loss.isfinite()
+    # The Trainer divides by the number of labels, so these must be exactly what the loss is a sum over.
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum()).loss, loss)
 
 
 def test_text_to_image_samples_lose_their_features(libra, data, tmp_path):
@@ -120,6 +98,36 @@ def test_text_to_image_samples_lose_their_features(libra, data, tmp_path):
         batch = PretrainCollator(processor, fraction)([train[i] for i in range(3)])
         features = trainer._prepare_inputs(batch)["image_features"]
         assert (features == 0).all() == (fraction == 1.0)
+
+
+def test_which_samples_are_drawn_depends_on_their_place_alone(libra, data):
+    """Not on the batch or on what was drawn before, so that a restart changes nothing; the share is right."""
+    collator = PretrainCollator(libra[1], text_to_image_fraction=0.3, seed=1)
+    places = [{"place": (0, worker, 2, row)} for worker in range(2) for row in range(1000)]
+    draws = [collator._draws(sample) for sample in places]
+    assert [collator._draws(sample) for sample in reversed(places)] == draws[::-1]
+    assert sum(draws) / len(draws) == pytest.approx(0.3, abs=0.04)  # four standard deviations
+    other = PretrainCollator(libra[1], text_to_image_fraction=0.3, seed=2)
+    assert [other._draws(sample) for sample in places] != draws
+    samples = [load_caption_data(data)[0][i] for i in range(8)]
+    batch = collator(samples)
+    assert batch["draws"].tolist() == [collator._draws(sample) for sample in samples]
+    assert 0 < batch["draws"].sum() < 8
+
+
+def test_images_are_tokenized_by_the_trainer_in_batches(libra, data, tmp_path, monkeypatch):
+    """Workers stop at pixels; a batch is one call, without gradients."""
+    model, processor = libra
+    calls, encode = [], processor.image_tokenizer.encode
+    monkeypatch.setattr(
+        processor.image_tokenizer, "encode", lambda pixels: calls.append(pixels.shape[0]) or encode(pixels)
+    )
+    batch = PretrainCollator(processor)([load_caption_data(data)[0][i] for i in range(4)])
+    assert (calls, "image_features" in batch, batch["pixel_values"].shape[0]) == ([], False, 4)
+    trainer = LibraPretrainer(model, processor, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    inputs = trainer._prepare_inputs(batch)
+    assert calls == [4]
+    assert not inputs["image_features"].requires_grad
 
 
 def test_an_empty_caption_is_refused(libra, data):
@@ -171,7 +179,10 @@ def test_the_frozen_language_model_has_no_optimizer_state(libra, data, tmp_path)
         model, processor, args=args, data_collator=PretrainCollator(processor), train_dataset=load_caption_data(data)[0]
     )
     trainer.train()
-    assert {"text_loss", "vision_loss"} <= trainer.state.log_history[0].keys()
+    log = trainer.state.log_history[0]
+    assert (log["codebook_1_loss"] + log["codebook_2_loss"]) / 2 == pytest.approx(log["vision_loss"], abs=1e-4)
+    assert log["codebook_1_loss"] != log["codebook_2_loss"]
+    assert {"text_loss", "tokens_per_second", "peak_memory_gb"} <= log.keys()
     vision = {name for name in before if "vision" in name}
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = trainer.optimizer.state_dict()["state"]
@@ -182,25 +193,28 @@ def test_the_frozen_language_model_has_no_optimizer_state(libra, data, tmp_path)
         assert torch.equal(value, before[name]) == (name not in vision), name
 
 
-def test_conversations_supervise_answers_only(libra, data):
-    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-
-    _, processor = libra
-    train, _ = load_conversations(data)
-    samples = [train[i] for i in range(6)]
-    collator = DataCollatorForVisionLanguageModeling(processor, max_length=None, assistant_only_loss=True)
-    batch = collator([{**sample, "messages": list(sample["messages"])} for sample in samples])
-    assert (batch["labels"] < processor.text_vocab_size).all()
-    for labels, sample in zip(batch["labels"], samples):
-        answers = [turn["content"] for turn in sample["messages"] if turn["role"] == "assistant"]
-        supervised = processor.decode(labels[labels >= 0])
-        assert [part.strip() for part in supervised.split(processor.tokenizer.eos_token)] == [*answers, ""]
-
-
 def test_the_world_asks_the_same_at_every_run(data):
-    first, second = (load_conversations(data)[0] for _ in range(2))
+    first, second = (load_world_conversations(data)[0] for _ in range(2))
     assert first[3]["messages"] == second[3]["messages"]
     assert np.array_equal(np.asarray(first[3]["images"][0]), np.asarray(second[3]["images"][0]))
+
+
+@pytest.mark.parametrize("naming_first", [True, False])
+def test_conversations_about_the_world(data, naming_first):
+    """As many questions as asked for, none twice; the first one names what is there only where it is to."""
+    asked = replace(data, max_turns=3, naming_first=naming_first)
+    conversations = [row["messages"] for row in load_world_conversations(asked)[0]]
+    questions = [[turn["content"] for turn in messages[::2]] for messages in conversations]
+    assert {len(turns) for turns in questions} == {1, 2, 3}
+    assert all(len(set(turns)) == len(turns) for turns in questions)
+    names = [PROMPT_CAPTION in turns[0] or turns[0].startswith("What is in the image?\nAnswer") for turns in questions]
+    assert all(names) == naming_first
+    assert any(names)
+
+
+def test_no_questions_are_refused():
+    with pytest.raises(ValueError, match="max_turns must be at least 1, found 0"):
+        DataArguments(max_turns=0)
 
 
 def test_instruction_tuning_trains_everything_but_clip(parts, icons, tmp_path):
@@ -217,9 +231,3 @@ def test_instruction_tuning_trains_everything_but_clip(parts, icons, tmp_path):
     tokenizers = [LibraProcessor.from_pretrained(tmp_path / name).image_tokenizer for name in ("pretrain", "sft")]
     weights = [tokenizer.state_dict() for tokenizer in tokenizers]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def test_a_dataset_without_messages_is_refused(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match=r"lacks the columns \['images', 'messages'\]"):
-        load_conversations(DataArguments(dataset=str(tmp_path)))

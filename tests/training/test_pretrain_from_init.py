@@ -14,7 +14,7 @@ from tests.parts import TOKENIZER_FIELDS, make_clip, make_llm
 from training import pretrain
 from training.pretrain import PretrainArguments, PretrainCollator
 
-CAPTIONS = {"horse": "a horse.", "key": "a key.", "watermelon": "a piece of a watermelon."}
+CAPTIONS = {"horse": "a horse.", "key": "a key.", "strawberry": "a ripe strawberry."}
 OPTIONS = {
     "max_steps": 3,
     "per_device_train_batch_size": 3,

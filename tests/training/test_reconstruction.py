@@ -53,7 +53,7 @@ def test_codebook_use():
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=60))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_codebook_use_of_any_codes(codes):
     counts = count_codes(torch.tensor(codes)[:, None], 8)
     np.testing.assert_array_equal(counts[0].numpy(), np.bincount(codes, minlength=8))

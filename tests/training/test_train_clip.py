@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
+from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
+from tests.training.libra_parts import SMALL_TOKENIZER
 from training.clip_evaluation import probe_accuracy
 from training.clip_objective import ClipCollator, contrast, pool_regions, train_text_tokenizer
 from training.images import CaptionedFolder, to_pixel_values
@@ -130,3 +132,25 @@ def test_a_folder_without_captions_is_refused(tmp_path):
         CaptionedFolder(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         CaptionedFolder(tmp_path / "missing")
+
+
+def test_a_vision_tower_trained_further(icons, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(TINY)
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=48,
+            patch_size=12,
+        )
+    )
+    LibraImageTokenizer.from_clip(tower, **SMALL_TOKENIZER).save_pretrained(tmp_path / "tokenizer")
+    main(
+        ["--config", str(config), "--output_dir", str(tmp_path / "out"), "--icons", str(icons), "--max_steps", "1",
+         "--learning_rate", "0", "--start_from", str(tmp_path / "tokenizer")]
+    )  # fmt: skip
+    expected, actual = tower.state_dict(), CLIPVisionModel.from_pretrained(tmp_path / "out" / "vision").state_dict()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)

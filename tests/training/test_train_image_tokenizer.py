@@ -21,23 +21,13 @@ from trl import TrlParser
 from processing.configuration_libra_image_tokenizer import LibraImageTokenizerConfig
 from processing.image_processing_libra import LibraImageProcessor
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
+from tests.training.libra_parts import SMALL_TOKENIZER
 from training.train_image_tokenizer import ImageTokenizerArguments, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 TINY = {
-    "tokenizer_config": {
-        "select_layers": [1, 2],
-        "embed_dim": 16,
-        "codebook_size": 16,
-        "z_channels": 32,
-        "ch": 32,
-        "ch_mult": [1, 1],
-        "num_res_blocks": 0,
-        "attn_resolutions": [],
-        "num_attn_heads": 1,
-        "resolution": 48,
-    },
+    "tokenizer_config": SMALL_TOKENIZER,
     "other_emoji": False,
     "train_samples": 100,
     "eval_samples": 8,
@@ -243,3 +233,19 @@ def test_the_full_size_configuration(tmp_path, monkeypatch):
     script.check(found)
     assert (script.perceptual, script.l1_weight, script.mse_weight, script.perceptual_weight) == ("lpips", 1, 0, 1)
     assert (script.gan_weight, script.discriminator_channels, script.discriminator_layers) == (0.8, 64, 3)
+
+
+def test_quantizer_and_decoder_trained_further_and_codes_kept(image_folder, write_config, tmp_path):
+    """With a learning rate of 0, what a run starts from is what it writes."""
+    common = {"dataset": str(image_folder), "max_steps": 1, "save_steps": 1}
+    main(write_config("first", **common))
+    main(write_config("further", **common, learning_rate=0.0, seed=1, start_from=str(tmp_path / "first")))
+    main(write_config("kept", **common, learning_rate=0.1, seed=1, codes_of=str(tmp_path / "first")))
+    first, further, kept = (
+        LibraImageTokenizer.from_pretrained(tmp_path / name).state_dict() for name in ("first", "further", "kept")
+    )
+    assert all(torch.equal(further[name], first[name]) for name in first)
+    same = {name for name in first if torch.equal(kept[name], first[name])}
+    before_decoder = {name for name in first if name.startswith(("clip.", "pre_quant.", "quantizer.pre"))}
+    assert before_decoder <= same
+    assert not any(name.startswith("decoder.conv") for name in same)

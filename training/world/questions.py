@@ -77,6 +77,31 @@ def scene_questions(
     return questions
 
 
+def wrong_answer(scene: Layout, question: Question, rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
+    """
+    An answer of the right form that is wrong.
+
+    Args:
+        scene ([`Layout`]): What is asked about.
+        question ([`Question`]): Of the kind `"label"` or `"place"`.
+        rng (`np.random.Generator`): Chooses the answer.
+        concepts (`Sequence[Concept]`): The concepts.
+
+    Returns:
+        `str`: The name of something else, of the same group if there is any, or another cell.
+
+    Raises:
+        ValueError: If the question is of another kind.
+    """
+    if question.kind == "label":
+        subject = scene.objects[0].subject
+        return concepts[_distractors(subject, [subject], 1, rng, concepts, same_group=1.0)[0]].label
+    if question.kind == "place":
+        others = [cell for cell in CELLS if cell != question.answer]
+        return others[int(rng.integers(len(others)))]
+    raise ValueError(f"There are no wrong answers to questions of the kind {question.kind!r}.")
+
+
 def _short(kind: str, question: str, answer: str) -> Question:
     return Question(kind, f"{question}\n{PROMPT_SHORT}", answer)
 

@@ -1,0 +1,138 @@
+"""The first tab: talk about images."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+from conversation import REFUSED, SHORT_ANSWER, ask
+from libra_model import HERE, gpu
+from uploads import VisitorError
+from wording import PAPER
+
+EXAMPLES = HERE / "examples"
+QUESTIONS = [
+    ("airplane.png", "What is in the image?"),
+    ("strawberry.png", "What is in the image?"),
+    ("horse.png", "How many objects are there?"),
+    ("key.png", "Is there a key in the image?"),
+]
+"""Images of `examples/` and a question about each, for one click."""
+
+WORKED_EXAMPLE = [("airplane.png", "What is in the image?"), (None, "How many objects are there?")]
+"""What is asked when the Space starts, so that the first screen shows a conversation the model really had."""
+
+EXPLANATION = f"""
+Below is a conversation this model has just had: go on with it, or clear it. Several images are fine, in any turn.
+How text and images meet: [section 3.3 of the paper]({PAPER}).
+"""
+
+ALT_TEXTS = {
+    "airplane.png": "Drawing of an airplane",
+    "strawberry.png": "Drawing of a strawberry",
+    "horse.png": "Drawing of a brown horse",
+    "key.png": "Drawing of a key",
+}
+
+
+@gpu
+def answer(
+    message: dict[str, Any],
+    history: list[dict[str, Any]],
+    short: bool = True,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 64,
+) -> Iterator[str | gr.ChatMessage]:
+    """
+    Answers one message of a chat.
+
+    Args:
+        message (`dict`): `text` and `files` (paths of images).
+        history (`list[dict]`): the messages before it.
+        short (`bool`, *optional*, defaults to `True`): whether to ask for a single word or phrase.
+        temperature (`float`, *optional*, defaults to 0): 0 for the likeliest words; more for variety.
+        top_p (`float`, *optional*, defaults to 1): samples from the likeliest words that make up this much.
+        max_new_tokens (`int`, *optional*, defaults to 64): longest answer, in tokens.
+
+    Yields:
+        `str`, the answer so far; or a `gr.ChatMessage` that explains what is wrong with the message.
+    """
+    text = message.get("text") or ""
+    if short and text.strip():
+        text = f"{text.strip()}\n{SHORT_ANSWER}"
+    try:
+        # Retried messages have their files as gradio's descriptions of them, new ones as paths.
+        files = [file if isinstance(file, str) else file["path"] for file in message.get("files") or []]
+        yield from ask(text, files, history, temperature, top_p, max_new_tokens)
+    except VisitorError as error:
+        yield gr.ChatMessage(content=str(error), metadata={"title": REFUSED})
+
+
+def worked_example() -> Any:
+    """
+    A conversation with the model, had when this is called.
+
+    Returns:
+        `list[dict]`: messages for a `gr.Chatbot`.
+    """
+    history: list[dict[str, Any]] = []
+    for image, question in WORKED_EXAMPLE:
+        files = [] if image is None else [str(EXAMPLES / image)]
+        *_, last = answer({"text": question, "files": files}, history)
+        shown = [{"path": path, "alt_text": ALT_TEXTS[str(image)]} for path in files]
+        history.append({"role": "user", "content": [*shown, question]})
+        history.append({"role": "assistant", "content": [last]})
+    return history
+
+
+def build_chat() -> None:
+    """Puts the chat into the tab that is open."""
+    gr.Markdown(EXPLANATION)
+    chatbot = gr.Chatbot(
+        worked_example(),
+        label="Conversation",
+        show_label=False,
+        elem_id="conversation",
+        height=400,
+        layout="bubble",
+        buttons=[],
+        group_consecutive_messages=False,
+        placeholder="Add an image and ask about it.",
+    )
+    textbox = gr.MultimodalTextbox(
+        file_types=["image"],
+        file_count="multiple",
+        sources=["upload"],
+        placeholder="Ask about the image, or add one: button, paste or drop",
+        label="Your message",
+        elem_id="message",
+        stop_btn=True,
+    )
+    gr.ChatInterface(
+        answer,
+        multimodal=True,
+        chatbot=chatbot,
+        textbox=textbox,
+        additional_inputs=answer_options(),
+        additional_inputs_accordion=gr.Accordion("How to answer", open=False, render=False),
+        api_name="chat",
+        concurrency_limit=None,
+        fill_height=False,
+    )
+    gr.Examples(
+        [{"text": question, "files": [str(EXAMPLES / image)]} for image, question in QUESTIONS],
+        textbox,
+        label="Try one of these and press Enter",
+    )
+
+
+def answer_options() -> list[Any]:
+    """The controls of [`answer`], in its order; not on the page yet."""
+    return [
+        gr.Checkbox(True, label="Ask for a short answer", info=f"Adds: {SHORT_ANSWER}", render=False),
+        gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: the likeliest words. More: variety.", render=False),
+        gr.Slider(
+            0.05, 1, 1, step=0.05, label="Top-p", info="Below 1 the unlikeliest words are left out.", render=False
+        ),
+        gr.Slider(1, 256, 64, step=1, label="Longest answer", info="In tokens, pieces of words.", render=False),
+    ]

@@ -1,0 +1,18 @@
+"""What the page says around its tabs."""
+
+PAPER = "https://arxiv.org/abs/2405.10140"
+"""Where "Libra: Building Decoupled Vision System on Large Language Models" (ICML 2024) can be read."""
+
+INTRODUCTION = f"""
+# Libra
+
+One model that reads text and images and writes both. Images have parameters of their own in every layer: a *decoupled
+vision system* ([the paper]({PAPER})).
+"""
+
+TINY_NOTICE = """
+**This is libra-tiny**, a complete Libra small enough for two CPU cores. It has seen drawings of 100 things and nothing else.
+It names a single drawing and counts to three; where something is, or whether it is there, it mostly guesses. It learned from
+one image a conversation: clear the chat before the next. A photo gets the name of one of the 100 things, and what it paints
+are blotches.
+"""
