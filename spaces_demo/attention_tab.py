@@ -34,7 +34,6 @@ KEPT = 3600
 """Seconds a visitor's maps are kept."""
 
 
-@gpu
 def inspect(image: str | None, question: str) -> tuple[Any, str, Any, str, str]:
     """
     Asks about an image and shows where the answer looks.
@@ -129,7 +128,7 @@ def build_attention() -> None:
             shown = gr.HTML(maps, elem_id="attention-maps")
             curve_area = gr.HTML(curves, elem_id="attention-curves")
     start.click(
-        inspect, [image, question], [state, answer, choice, shown, curve_area], api_name="look",
+        gpu(inspect), [image, question], [state, answer, choice, shown, curve_area], api_name="look",
         show_progress="minimal",
     )  # fmt: skip
     choice.input(show_word, [state, choice], shown, api_visibility="undocumented", show_progress="hidden")

@@ -26,6 +26,9 @@ Below is a conversation this model has just had: go on with it, or clear it. Sev
 How text and images meet: [section 3.3 of the paper]({PAPER}).
 """
 
+PRESS_STOP = "() => { document.querySelector('#message .stop-button')?.click(); }"
+"""Ends the answer that is being written, if there is one."""
+
 ALT_TEXTS = {
     "airplane.png": "Drawing of an airplane",
     "strawberry.png": "Drawing of a strawberry",
@@ -34,7 +37,6 @@ ALT_TEXTS = {
 }
 
 
-@gpu
 def answer(
     message: dict[str, Any],
     history: list[dict[str, Any]],
@@ -93,7 +95,7 @@ def build_chat() -> None:
         label="Conversation",
         show_label=False,
         elem_id="conversation",
-        height=400,
+        height=500,  # the worked example fits
         layout="bubble",
         buttons=[],
         group_consecutive_messages=False,
@@ -109,7 +111,7 @@ def build_chat() -> None:
         stop_btn=True,
     )
     gr.ChatInterface(
-        answer,
+        gpu(answer),
         multimodal=True,
         chatbot=chatbot,
         textbox=textbox,
@@ -119,6 +121,7 @@ def build_chat() -> None:
         concurrency_limit=None,
         fill_height=False,
     )
+    chatbot.clear(js=PRESS_STOP)  # or the rest of an answer comes back into the empty chat
     gr.Examples(
         [{"text": question, "files": [str(EXAMPLES / image)]} for image, question in QUESTIONS],
         textbox,

@@ -27,7 +27,6 @@ MAX_SAMPLES = 4
 MAX_CAPTION = 200
 
 
-@gpu
 def complete(image: str | None, rows: int = 4, caption: str = "", temperature: float = 1.0) -> Iterator[str]:
     """
     Completes an image from its first rows.
@@ -56,7 +55,6 @@ def complete(image: str | None, rows: int = 4, caption: str = "", temperature: f
         yield figures([whole, (picture(images[0], f"The image as completed so far: {told}"), told)], "Completion")
 
 
-@gpu
 def draw(caption: str, samples: int = 2, temperature: float = 1.0) -> Iterator[str]:
     """
     Draws images of a caption.
@@ -118,7 +116,7 @@ def _build_complete():
         with gr.Column(scale=2, min_width=260):
             shown = gr.HTML(worked_example(), elem_id="completed")
     running = start.click(
-        complete, [image, rows, caption, temperature], shown, api_name="complete", show_progress="minimal"
+        gpu(complete), [image, rows, caption, temperature], shown, api_name="complete", show_progress="minimal"
     )
     stop.click(None, cancels=running)
 
@@ -133,7 +131,7 @@ def _build_draw():
         with gr.Column(scale=2, min_width=260):
             shown = gr.HTML("<p>What it draws appears here.</p>", elem_id="drawn")
     running = gr.on(
-        [start.click, caption.submit], draw, [caption, samples, temperature], shown, api_name="draw",
+        [start.click, caption.submit], gpu(draw), [caption, samples, temperature], shown, api_name="draw",
         show_progress="minimal",
     )  # fmt: skip
     stop.click(None, cancels=running)

@@ -44,7 +44,10 @@ class Libra(NamedTuple):
 
 
 def gpu(function):
-    """`spaces.GPU` on ZeroGPU, where a function must ask for the GPU; the function itself elsewhere."""
+    """
+    What the page calls in place of `function`: on ZeroGPU `spaces.GPU` of it, which asks for the GPU; elsewhere itself.
+    Only requests may ask for it. So functions stay as they are, for the worked examples, and events get `gpu(function)`.
+    """
     return function if spaces is None else spaces.GPU(function)
 
 
@@ -88,6 +91,16 @@ def load() -> Libra:
         model.to(device)
         processor.image_tokenizer.to(device)
     return Libra(model, processor, Path(path).name)
+
+
+def move_to_zero_gpu() -> None:
+    """
+    On ZeroGPU, moves the model to the GPU that requests will get; elsewhere nothing. To be called when the page is built:
+    before a request there is no GPU but only a stand-in, in `torch.cuda`, which can hold a model and not run it.
+    """
+    if spaces is not None and torch.cuda.is_available() and not torch.accelerator.is_available():
+        load().model.to("cuda")
+        load().processor.image_tokenizer.to("cuda")
 
 
 class Turns:

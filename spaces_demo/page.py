@@ -4,7 +4,7 @@ import gradio as gr
 from attention_tab import build_attention
 from chat_tab import EXAMPLES, build_chat
 from imagine_tab import build_imagine
-from libra_model import HERE, TINY_MODEL, load
+from libra_model import HERE, TINY_MODEL, load, move_to_zero_gpu
 from tokenizer_tab import build_tokenizer
 from uploads import MAX_FILE_SIZE
 from wording import INTRODUCTION, TINY_NOTICE
@@ -38,6 +38,7 @@ def build_page() -> gr.Blocks:
             build_imagine()
         with gr.Tab("Look inside"):
             build_attention()
+    move_to_zero_gpu()
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=CONCURRENCY)
 
 

@@ -21,7 +21,6 @@ image, painted back from the numbers alone. Hide some patches and see which numb
 FIRST_IMAGE = str(EXAMPLES / "horse.png")
 
 
-@gpu
 def tokenize(image: str | None, hidden: int = 0) -> str:
     """
     Shows what the image tokenizer makes of an image.
@@ -125,6 +124,6 @@ def build_tokenizer() -> None:
         with gr.Column(scale=2, min_width=260):
             shown = gr.HTML(tokenize(FIRST_IMAGE), elem_id="tokenizer-shown")
     gr.on(
-        [image.change, hidden.change], tokenize, [image, hidden], shown,
+        [image.change, hidden.change], gpu(tokenize), [image, hidden], shown,
         api_name="tokenize", show_progress="minimal", trigger_mode="always_last",
     )  # fmt: skip

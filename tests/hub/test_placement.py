@@ -32,7 +32,7 @@ def layers_on_disk(model) -> dict[str, str]:
     return device_map | {"model.vision_model.norm": "cpu", "model.vision_model.sequence": "cpu"}
 
 
-@pytest.mark.parametrize("where", ["cpu", "auto"])
+@pytest.mark.parametrize("where", ["cpu", "auto", "disk"])
 def test_device_maps_give_the_same(where, repo, expected, tmp_path):
     options = {"device_map": {"": "cpu"} if where == "cpu" else "auto"}
     if where == "disk":

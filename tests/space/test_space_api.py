@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -173,3 +174,22 @@ def test_who_leaves_stops_the_model(space, monkeypatch):
     stream_of_rows.close()
     assert ended.wait(timeout=300)
     assert len(steps) < 63
+
+
+def test_uploads_are_deleted_when_they_are_old(space, uploads_folder, tmp_path, monkeypatch):
+    import page
+
+    Image.new("RGB", (31, 17), "teal").save(tmp_path / "mine.png")  # like no other: same files share a place
+    monkeypatch.setattr(page, "KEEP_FILES", (1, 2))  # seconds, in place of an hour
+    short_lived = page.build_page()
+    try:
+        _, address, _ = short_lived.launch(**page.launch_options(), prevent_thread_lock=True, quiet=True)
+        visitor(address).predict(message("What is in the image?", tmp_path / "mine.png"), api_name="/chat")
+        uploaded = list(uploads_folder.rglob("mine.png"))
+        deadline = time.monotonic() + 60
+        while any(path.exists() for path in uploaded) and time.monotonic() < deadline:
+            time.sleep(0.5)
+    finally:
+        short_lived.close()
+    assert uploaded
+    assert not any(path.exists() for path in uploaded)

@@ -1,9 +1,9 @@
 """Visits to the Space in a real browser. What the browser complains of, and any request to elsewhere, is a failure."""
 
+import base64
 import threading
 
 import pytest
-from playwright.sync_api import TimeoutError
 
 from tests.space.conftest import NO_WARNINGS, REPOSITORY
 
@@ -12,6 +12,16 @@ pytestmark = NO_WARNINGS
 SAMPLES = REPOSITORY / "samples"
 PATIENCE = 120_000
 """Milliseconds to wait for what must come; machines may be busy."""
+
+
+PASTE = """
+(box, image) => {
+  const bytes = Uint8Array.from(atob(image), (letter) => letter.charCodeAt(0));
+  const clipboardData = new DataTransfer();
+  clipboardData.items.add(new File([bytes], "image.png", { type: "image/png" }));
+  box.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+}
+"""
 
 
 class Visitor:
@@ -47,16 +57,14 @@ class Visitor:
         box.fill(text)
         box.press("Enter")
 
+    def paste(self, image):
+        """Pastes an image into the chat, as the browser does after Ctrl+V."""
+        self.page.locator("#message textarea").evaluate(PASTE, base64.b64encode(image.read_bytes()).decode())
+        self.page.locator("#message .thumbnail-item, #message img").first.wait_for()
+
     def clear(self):
-        """Clears the chat; again, as a person would, if an answer that was on its way came back."""
-        for _ in range(PATIENCE // 10_000):
-            self.page.get_by_label("Clear", exact=True).first.click()
-            try:
-                self.answers().first.wait_for(state="detached", timeout=10_000)
-                return
-            except TimeoutError:
-                continue
-        pytest.fail("The chat cannot be cleared.")
+        self.page.get_by_label("Clear", exact=True).first.click()
+        self.answers().first.wait_for(state="detached")
 
     def answers(self):
         return self.page.locator("#conversation [data-testid=bot]")
@@ -93,6 +101,34 @@ def test_ask_about_an_upload_retry_undo_and_clear(visit):
     me.page.get_by_role("button", name="Undo").click()
     me.answers().first.wait_for(state="detached")
     assert me.page.locator("#message textarea").input_value() == "What is in the image?"
+
+
+def test_clearing_ends_the_answer_that_is_being_written(visit, monkeypatch):
+    import libra_model
+
+    me = visit()
+    me.clear()
+    stepped, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(libra_model.TURNS, "step_aside", lambda: (stepped.set(), go_on.wait(PATIENCE / 1000)))
+    me.ask("What is in the image?", SAMPLES / "strawberry.png")
+    assert stepped.wait(PATIENCE / 1000)
+    me.page.get_by_label("Clear", exact=True).first.click()
+    me.page.locator("#conversation [data-testid=user]").first.wait_for(state="detached")
+    go_on.set()
+    monkeypatch.undo()
+    me.page.wait_for_timeout(2_000)  # for what must not come
+    assert me.page.locator("#conversation [data-testid=user], #conversation [data-testid=bot]").count() == 0
+    me.ask("What is in the image?", SAMPLES / "airplane.png")
+    me.wait_for_answer(0).get_by_text("airplane", exact=True).wait_for()
+    assert me.answers().count() == 1
+
+
+def test_an_image_is_pasted(visit):
+    me = visit()
+    me.clear()
+    me.paste(SAMPLES / "strawberry.png")
+    me.ask("What is in the image?")
+    me.wait_for_answer(0).get_by_text("strawberry", exact=True).wait_for()
 
 
 def test_wrong_file_is_explained_and_the_chat_goes_on(visit, tmp_path):
