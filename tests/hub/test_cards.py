@@ -12,6 +12,7 @@ from PIL import Image
 from modeling_libra import LibraConfig, LibraForCausalLM
 from processing.configuration_libra_image_tokenizer import LibraImageTokenizerConfig
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
+from training.inference_memory import weight_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("libra-tiny", "libra-11b-base", "libra-11b-chat")
@@ -124,3 +125,8 @@ def test_memory_is_counted(name):
         totals = [weights + images + length * a_token for length in (660, text.max_position_embeddings)]
         cells = [f"{count * size / 1e9:.1f} GB" for count in (weights, images, *totals)]
         assert f"| {dtype} | {' | '.join(cells)} |" in card
+    for form, label in (("int8", "int8 (`libra quantize`)"), ("nf4", "nf4 (`libra quantize --to nf4`)")):
+        stored = weight_bytes(config, form)
+        totals = [stored + 2 * (images + length * a_token) for length in (660, text.max_position_embeddings)]
+        cells = [f"{count / 1e9:.1f} GB" for count in (stored, 2 * images, *totals)]
+        assert f"| {label} | {' | '.join(cells)} |" in card
