@@ -29,7 +29,7 @@ from .memory import FOUR_BITS, GB, image_tokenizer_bytes
 FORMS = {"float32": 4, "bfloat16": 2, "int8": 2, "nf4": 2}
 """Forms of weights, and bytes of a number that is not quantized, of the cache and of activations."""
 
-CONTEXTS = (1024, 2048, 4096)
+CONTEXTS = (1024, 2048)
 
 
 def weight_bytes(config: LibraConfig, form: str) -> float:

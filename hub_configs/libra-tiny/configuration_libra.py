@@ -11,7 +11,13 @@ from transformers import AutoConfig, PreTrainedConfig
 # Language models whose decoder layer is input norm, separate q/k/v/o, post-attention norm, gated MLP.
 SUPPORTED_TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
-LLAMA_2_7B = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "pad_token_id": 0}
+# As in the config.json of the authors' chat model: LLaMA-2-7B but for its context (4096) and epsilon (1e-5).
+RELEASED_TEXT_CONFIG = {
+    "model_type": "llama",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": 0,
+}
 
 
 @strict
@@ -97,7 +103,7 @@ class LibraConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        text_config = LLAMA_2_7B if self.text_config is None else self.text_config
+        text_config = RELEASED_TEXT_CONFIG if self.text_config is None else self.text_config
         if isinstance(text_config, dict):
             try:
                 text_config = AutoConfig.for_model(**{"model_type": "llama", **text_config})

@@ -16,7 +16,7 @@ def test_defaults_are_the_release():
     assert (config.expert_down_ratio, config.bridge_rank, config.use_bridge) == (4, 8, True)
     assert (text.model_type, text.vocab_size, text.hidden_size, text.num_hidden_layers) == ("llama", 32000, 4096, 32)
     assert (text.intermediate_size, text.num_attention_heads, text.num_key_value_heads) == (11008, 32, 32)
-    assert (text.rms_norm_eps, text.max_position_embeddings, config.newline_token_id) == (1e-5, 4096, 13)
+    assert (text.rms_norm_eps, text.max_position_embeddings, config.newline_token_id) == (1e-6, 2048, 13)
 
 
 def test_flat_id_space():

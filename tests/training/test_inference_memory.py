@@ -5,7 +5,7 @@ import torch
 
 from modeling_libra import LibraConfig
 from tests.modeling.toys import NEWLINE, make_config, make_features, make_image, make_model
-from training.inference_memory import FORMS, cache_bytes, main, prefill_bytes, weight_bytes
+from training.inference_memory import CONTEXTS, FORMS, cache_bytes, main, prefill_bytes, weight_bytes
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -27,7 +27,7 @@ def test_weights_and_cache(family, form):
 def test_the_table_of_the_11b_model(capsys):
     main([])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 3 * len(FORMS)
+    assert len(lines) == 2 + len(CONTEXTS) * len(FORMS)
     config = LibraConfig()
     assert weight_bytes(config, "float32") == 2 * weight_bytes(config, "bfloat16")
     assert 0.5 < weight_bytes(config, "int8") / weight_bytes(config, "bfloat16") < 0.55
