@@ -56,6 +56,9 @@ class Stream(NamedTuple):
         places (`torch.LongTensor` of shape `(batch or 1, width)`):
             Where the queries of the rectangle are in the sequence, past included. Fillers repeat a query of their row.
             One row when all rows are alike.
+        drawn (`torch.LongTensor` of shape `(batch, width)`, *optional*):
+            Which packed row is where in the rectangle. `None` when all rows have as many.
+        cells (`torch.LongTensor` of shape `(rows,)`, *optional*): where packed rows are in the flattened rectangle.
         blocks (`list[Block]`): the columns of the rectangle, cut for masked attention.
         runs (`list[Run]`): the queries, cut where another modality, padding or another row lies between.
     """
@@ -63,6 +66,8 @@ class Stream(NamedTuple):
     rows: torch.Tensor
     counts: list[int]
     places: torch.Tensor
+    drawn: torch.Tensor | None
+    cells: torch.Tensor | None
     blocks: list[Block]
     runs: list[Run]
 
@@ -73,15 +78,14 @@ class Stream(NamedTuple):
 
     def rectangle(self, packed: torch.Tensor) -> torch.Tensor:
         """From `(rows, ...)` to `(batch, width, ...)`."""
-        if len(set(self.counts)) == 1:
+        if self.drawn is None:
             return packed.unflatten(0, (len(self.counts), self.counts[0]))
-        return nn.utils.rnn.pad_sequence(list(packed.split(self.counts)), batch_first=True)
+        return packed.index_select(0, self.drawn.flatten()).unflatten(0, self.drawn.shape)
 
     def pack(self, rectangle: torch.Tensor) -> torch.Tensor:
         """From `(batch, width, ...)` to `(rows, ...)`."""
-        if len(set(self.counts)) == 1:
-            return rectangle.flatten(0, 1)
-        return torch.cat([row[:count] for row, count in zip(rectangle, self.counts)])
+        flat = rectangle.flatten(0, 1)
+        return flat if self.cells is None else flat.index_select(0, self.cells)
 
 
 class Routing(NamedTuple):
@@ -230,9 +234,20 @@ def packed_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
 def _plan_stream(kinds, kind, past_length, valid, starts, device):
     """The [`Stream`] of one kind of rows; all of its plan but `rows` and `places` stays on the host."""
     rows = (kinds == kind).flatten().nonzero().squeeze(1)
+    counts = (kinds == kind).sum(dim=1)
     places, blocks = _plan_rectangle(kinds, kind, rows, past_length)
+    drawn, cells = None, None
+    if len(counts.unique()) > 1:
+        drawn, cells = (index.to(device) for index in _plan_packing(counts))
     runs = _cut_runs(rows, kinds.shape[1], past_length, valid, starts)
-    return Stream(rows.to(device), (kinds == kind).sum(dim=1).tolist(), places.to(device), blocks, runs)
+    return Stream(rows.to(device), counts.tolist(), places.to(device), drawn, cells, blocks, runs)
+
+
+def _plan_packing(counts):
+    """`drawn` and `cells` of a [`Stream`]. Fillers are copies, as in `places`: of the last query of their row, if any."""
+    columns, ends = torch.arange(int(counts.max())), counts.cumsum(0)[:, None]
+    drawn = (ends - counts[:, None] + columns).clamp(max=ends - 1).clamp(min=0)  # (batch, width)
+    return drawn, (columns < counts[:, None]).flatten().nonzero().squeeze(1)
 
 
 def _plan_rectangle(kinds, kind, rows, past_length):
