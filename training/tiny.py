@@ -1,5 +1,4 @@
-"""All of libra-tiny, from nothing: drawings, CLIP, image tokenizer, language model, pretraining, instruction tuning
-(names first, then all questions).
+"""All of libra-tiny, from nothing: drawings, CLIP, image tokenizer, language model, pretraining, instruction tuning.
 
     python -m training.tiny                 # or: make tiny
     python -m training.tiny --until clip    # only the first stages
@@ -36,21 +35,23 @@ class Stage:
     result: Path
 
 
-def _training(name: str, script: str, config: str, done: str) -> Stage:
+def _training(name: str, script: str, config: str, done: str, processes: int = 1) -> Stage:
     command = (f"training.{script}", "--config", str(CONFIGS / f"{config}.yaml"))
+    if processes > 1:
+        command = ("torch.distributed.run", "--nproc-per-node", str(processes), "-m", *command)
     return Stage(name, command, Path("runs/tiny") / name / done)
 
 
 STAGES = (
     _training("clip", "train_clip", "clip", "metrics.json"),
     _training("tokenizer", "train_image_tokenizer", "image_tokenizer", "metrics.json"),
+    _training("decoder", "train_image_tokenizer", "decoder", "metrics.json"),
     _training("llm", "train_llm", "llm", "metrics.json"),
-    _training("pretrain", "pretrain", "pretrain", "model.safetensors"),
-    _training("sft", "sft", "sft", "model.safetensors"),
-    _training("questions", "sft", "questions", "model.safetensors"),
+    _training("pretrain", "pretrain", "pretrain", "model.safetensors", processes=2),
+    _training("sft", "sft", "sft", "model.safetensors", processes=2),
     Stage(
         "export",
-        ("libra_cli.main", "export", "runs/tiny/questions", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
+        ("libra_cli.main", "export", "runs/tiny/sft", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
         Path("runs/tiny/libra-tiny/model.safetensors"),
     ),
     Stage(
@@ -58,7 +59,7 @@ STAGES = (
         (
             *("training.evaluate_tiny", "--model", "runs/tiny/libra-tiny", "--write-card"),
             *("--output", "runs/tiny/evaluation.json", "--runs"),
-            *(f"runs/tiny/{name}" for name in ("clip", "tokenizer", "llm", "pretrain", "sft", "questions")),
+            *(f"runs/tiny/{name}" for name in ("clip", "tokenizer", "decoder", "llm", "pretrain", "sft")),
         ),
         Path("runs/tiny/evaluation.json"),
     ),

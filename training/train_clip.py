@@ -229,7 +229,8 @@ def build_model(script: ClipArguments, tokenizer: PreTrainedTokenizerFast) -> CL
     config = CLIPConfig(
         text_config=text_config, vision_config=script.vision_config, projection_dim=script.projection_dim
     )
-    model = CLIPModel(config)
+    # Eager: the backward pass of fused attention in bfloat16 takes most of a step at this size on CPUs.
+    model = CLIPModel._from_config(config, attn_implementation="eager")
     if script.start_from is not None:
         model.vision_model.load_state_dict(LibraImageTokenizer.from_pretrained(script.start_from).clip.state_dict())
     return model

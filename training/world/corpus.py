@@ -1,10 +1,10 @@
 """The text the world's language model is pretrained on: it knows the words and the formats, but no pictures.
 
-A document is one of: a caption, as it follows an image; a fact ("a horse is an animal."); notes, a line of text that
-says what is where, with short questions and answers about it; a chat in the template of the release, in which such a
-line stands where an image would; a chat without anything to look at. Most answers can be read off the line, so the
-model learns what the questions mean. Notes are the same without the template: in chats, too few tokens depend on what
-was said before for a small model to learn to look there.
+A document is one of: a caption, as it follows an image; a fact ("a horse is an animal."); names said twice in the same
+order; notes, a line of text that says what is where, with short questions and answers about it; a chat in the template
+of the release, in which such a line stands where an image would; a chat without anything to look at. Most answers can be
+read off the line, so the model learns what the questions mean. Notes are the same without the template: in chats, too
+few tokens depend on what was said before for a small model to learn to look there. Repeated names teach to copy.
 """
 
 from collections.abc import Sequence
@@ -102,13 +102,15 @@ class TextWorld:
         if kind < 0.05:
             return f"{_fact(rng, concepts)}{END}"
         layout = _layout(rng, concepts)
-        if kind < 0.2:
+        if kind < 0.12:
             return f"\n{layout.caption}{END}"
+        if kind < 0.2:
+            return f"{_repetition(rng, concepts)}{END}"
         shown = _describe_places(layout, rng, concepts)
-        questions = scene_questions(layout, rng, concepts)
-        order = rng.permutation(len(questions))[: rng.integers(1, 5)]
-        turns = [questions[i] for i in order]
-        if kind < 0.7:
+        # Of each kind twice: what is asked is drawn anew. The same question is not asked again.
+        questions = {turn.question: turn for _ in range(2) for turn in scene_questions(layout, rng, concepts)}
+        turns = [list(questions.values())[i] for i in rng.permutation(len(questions))[: rng.integers(1, 9)]]
+        if kind < 0.75:
             return notes(turns, shown)
         return chat(turns, shown if kind < 0.97 else None)
 
@@ -182,6 +184,13 @@ def _describe_places(layout: Layout, rng: np.random.Generator, concepts: Sequenc
         return f"image: {names[0]}"
     places = [f"{CELLS[item.cell or 0]} {name}" for item, name in zip(layout.objects, names)]
     return f"image: {', '.join(places)}"
+
+
+def _repetition(rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
+    """Two to six names, and the same names again."""
+    chosen = rng.choice(len(concepts), size=int(rng.integers(2, 7)), replace=False).tolist()
+    names = ", ".join(concepts[index].label for index in chosen)
+    return f"{names}\n{names}"
 
 
 def _fact(rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
