@@ -193,8 +193,10 @@ def test_text_is_repeatable_and_complete():
     captions = [document for document in documents if document.startswith("\n")]
     read = [document for document in documents if document.startswith("image: ")]
     assert len(chats) > 80
-    assert len(captions) > 40
+    assert len(captions) > 20
     assert len(read) > 160
+    lines = [document.removesuffix(END).split("\n") for document in documents]
+    assert sum(len(pair) == 2 and pair[0] == pair[1] for pair in lines) > 20  # names said twice
     assert {concept.subgroup for concept in load_concepts()} <= set(KINDS_OF_THINGS)
     with pytest.raises(IndexError, match="document 400"):
         corpus[400]
