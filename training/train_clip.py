@@ -17,7 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 from transformers.trainer_utils import set_seed
 
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
@@ -230,7 +237,7 @@ def build_model(script: ClipArguments, tokenizer: PreTrainedTokenizerFast) -> CL
         text_config=text_config, vision_config=script.vision_config, projection_dim=script.projection_dim
     )
     # Eager: the backward pass of fused attention in bfloat16 takes most of a step at this size on CPUs.
-    model = CLIPModel._from_config(config, attn_implementation="eager")
+    model = AutoModel.from_config(config, attn_implementation="eager")
     if script.start_from is not None:
         model.vision_model.load_state_dict(LibraImageTokenizer.from_pretrained(script.start_from).clip.state_dict())
     return model
