@@ -458,14 +458,17 @@ class LibraProcessor(ProcessorMixin):
         subfolder = kwargs.pop("subfolder", "")
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         path = pretrained_model_name_or_path
-        image_tokenizer_folder = os.path.join(subfolder, IMAGE_TOKENIZER_FOLDER)
+        image_tokenizer, image_tokenizer_folder = path, os.path.join(subfolder, IMAGE_TOKENIZER_FOLDER)
+        if os.path.isdir(os.path.join(path, image_tokenizer_folder)):
+            # Not as a subfolder: transformers up to 5.18 would take an adapter beside it for one of the image tokenizer.
+            image_tokenizer, image_tokenizer_folder = os.path.join(path, image_tokenizer_folder), ""
         # A blank configuration: the tokenizer's own file names its class. Without one the model's would be loaded,
         # which asks to trust code that no tokenizer needs.
         tokenizer_options = {"config": PreTrainedConfig(), **kwargs}
         return [
             LibraImageProcessor.from_pretrained(path, subfolder=subfolder, **hub),
             AutoTokenizer.from_pretrained(path, subfolder=subfolder, **tokenizer_options),
-            LibraImageTokenizer.from_pretrained(path, subfolder=image_tokenizer_folder, **hub),
+            LibraImageTokenizer.from_pretrained(image_tokenizer, subfolder=image_tokenizer_folder, **hub),
         ]
 
     def to_dict(self) -> dict[str, Any]:
