@@ -36,7 +36,7 @@ class Stage:
 
 
 def _training(name: str, script: str, config: str, done: str, processes: int = 1) -> Stage:
-    command = (f"training.{script}", "--config", str(CONFIGS / f"{config}.yaml"))
+    command: tuple[str, ...] = (f"training.{script}", "--config", str(CONFIGS / f"{config}.yaml"))
     if processes > 1:
         command = ("torch.distributed.run", "--nproc-per-node", str(processes), "-m", *command)
     return Stage(name, command, Path("runs/tiny") / name / done)
