@@ -4,6 +4,7 @@ import base64
 import threading
 
 import pytest
+from playwright.sync_api import TimeoutError
 
 from tests.space.conftest import NO_WARNINGS, REPOSITORY
 
@@ -63,8 +64,18 @@ class Visitor:
         self.page.locator("#message .thumbnail-item, #message img").first.wait_for()
 
     def clear(self):
-        self.page.get_by_label("Clear", exact=True).first.click()
-        self.answers().first.wait_for(state="detached")
+        """Clears the chat when nothing is being written; again, as a person would, if the last answer came back."""
+        self.page.get_by_role("button", name="Stop", exact=True).first.wait_for(state="hidden")
+        for _ in range(PATIENCE // 10_000):
+            self.page.get_by_label("Clear", exact=True).first.click()
+            try:
+                self.answers().first.wait_for(state="detached", timeout=10_000)
+            except TimeoutError:
+                continue
+            self.page.wait_for_timeout(500)
+            if self.answers().count() == 0:
+                return
+        pytest.fail("The chat cannot be cleared.")
 
     def answers(self):
         return self.page.locator("#conversation [data-testid=bot]")
@@ -112,6 +123,7 @@ def test_clearing_ends_the_answer_that_is_being_written(visit, monkeypatch):
     monkeypatch.setattr(libra_model.TURNS, "step_aside", lambda: (stepped.set(), go_on.wait(PATIENCE / 1000)))
     me.ask("What is in the image?", SAMPLES / "strawberry.png")
     assert stepped.wait(PATIENCE / 1000)
+    me.page.get_by_role("button", name="Stop", exact=True).first.wait_for()
     me.page.get_by_label("Clear", exact=True).first.click()
     me.page.locator("#conversation [data-testid=user]").first.wait_for(state="detached")
     go_on.set()
