@@ -26,9 +26,6 @@ Below is a conversation this model has just had: go on with it, or clear it. Sev
 How text and images meet: [section 3.3 of the paper]({PAPER}).
 """
 
-PRESS_STOP = "() => { document.querySelector('#message .stop-button')?.click(); }"
-"""Ends the answer that is being written, if there is one."""
-
 ALT_TEXTS = {
     "airplane.png": "Drawing of an airplane",
     "strawberry.png": "Drawing of a strawberry",
@@ -121,7 +118,6 @@ def build_chat() -> None:
         concurrency_limit=None,
         fill_height=False,
     )
-    chatbot.clear(js=PRESS_STOP)  # or the rest of an answer comes back into the empty chat
     gr.Examples(
         [{"text": question, "files": [str(EXAMPLES / image)]} for image, question in QUESTIONS],
         textbox,

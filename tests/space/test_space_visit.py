@@ -114,27 +114,6 @@ def test_ask_about_an_upload_retry_undo_and_clear(visit):
     assert me.page.locator("#message textarea").input_value() == "What is in the image?"
 
 
-def test_clearing_ends_the_answer_that_is_being_written(visit, monkeypatch):
-    import libra_model
-
-    me = visit()
-    me.clear()
-    stepped, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(libra_model.TURNS, "step_aside", lambda: (stepped.set(), go_on.wait(PATIENCE / 1000)))
-    me.ask("What is in the image?", SAMPLES / "strawberry.png")
-    assert stepped.wait(PATIENCE / 1000)
-    me.page.get_by_role("button", name="Stop", exact=True).first.wait_for()
-    me.page.get_by_label("Clear", exact=True).first.click()
-    me.page.locator("#conversation [data-testid=user]").first.wait_for(state="detached")
-    go_on.set()
-    monkeypatch.undo()
-    me.page.wait_for_timeout(2_000)  # for what must not come
-    assert me.page.locator("#conversation [data-testid=user], #conversation [data-testid=bot]").count() == 0
-    me.ask("What is in the image?", SAMPLES / "airplane.png")
-    me.wait_for_answer(0).get_by_text("airplane", exact=True).wait_for()
-    assert me.answers().count() == 1
-
-
 def test_an_image_is_pasted(visit):
     me = visit()
     me.clear()
