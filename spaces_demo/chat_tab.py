@@ -84,6 +84,25 @@ def worked_example() -> Any:
     return history
 
 
+class Chat(gr.ChatInterface):
+    """
+    A chat that, when it is cleared, also stops the answer that is being written; gradio's own lets it come back.
+
+    The events of an answer have no public name, so this hooks into where gradio makes its stop button.
+    """
+
+    def _setup_stop_events(self, event_triggers: Any, events_to_cancel: Any, after_success: Any) -> None:
+        super()._setup_stop_events(event_triggers, events_to_cancel, after_success)
+        self.chatbot.clear(
+            lambda: ([], [], []),  # once more, after the last word that was still on its way
+            None,
+            [self.chatbot, self.chatbot_state, self.chatbot_value],
+            cancels=events_to_cancel,
+            queue=False,
+            api_visibility="undocumented",
+        )
+
+
 def build_chat() -> None:
     """Puts the chat into the tab that is open."""
     gr.Markdown(EXPLANATION)
@@ -107,7 +126,7 @@ def build_chat() -> None:
         elem_id="message",
         stop_btn=True,
     )
-    gr.ChatInterface(
+    Chat(
         gpu(answer),
         multimodal=True,
         chatbot=chatbot,
