@@ -243,11 +243,11 @@ def _add_evaluate(commands) -> None:
     _add_model_argument(parser)
     emoji = parser.add_argument_group("emoji")
     emoji.add_argument("--icons", help="folder with iconify JSON files (default: installed with npm)")
-    emoji.add_argument("--images", type=_positive, default=500, help="images of each source (default: 500)")
+    emoji.add_argument("--images", type=_positive, help="images of each source (default: 500)")
     emoji.add_argument("--only", nargs="+", metavar="RESULT", help="results that are wanted (default: all)")
     others = parser.add_argument_group("other tasks")
     others.add_argument("--limit", type=_positive, help="samples of each task (default: all)")
-    others.add_argument("--batch-size", type=_positive, default=8, help="samples at a time (default: 8)")
+    others.add_argument("--batch-size", type=_positive, help="samples at a time (default: 8)")
     others.add_argument("--beside", metavar="FILE.json", help="numbers to set beside: a paper's, another results.json")
     others.add_argument("--include", metavar="DIR", help="folder with task files of one's own")
     parser.add_argument(
@@ -261,13 +261,18 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     from .loading import default_model
 
     model = args.model or default_model()
-    if "emoji" not in args.tasks:
+    is_emoji = "emoji" in args.tasks
+    foreign = ("limit", "batch_size", "beside", "include") if is_emoji else ("icons", "images", "only")
+    given = [f"--{name.replace('_', '-')}" for name in foreign if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not for {'the task emoji' if is_emoji else 'tasks other than emoji'}.")
+    if not is_emoji:
         _need("This task", "datasets", "evaluate", extra="benchmarks")
         _quiet_transformers()
         from training.benchmarks.run import run_benchmarks
 
         output = args.output or "runs/benchmarks"
-        run_benchmarks(model, args.tasks, output, args.limit, args.batch_size, args.beside, args.include)
+        run_benchmarks(model, args.tasks, output, args.limit, args.batch_size or 8, args.beside, args.include)
         return
     if len(args.tasks) > 1:
         raise ValueError("emoji is measured by itself; name the other tasks in a second command.")
@@ -275,7 +280,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     _quiet_transformers()
     from training.evaluate_tiny import evaluate_and_report
 
-    evaluate_and_report(model, args.icons, args.images, only=args.only, output=args.output)
+    evaluate_and_report(model, args.icons, args.images or 500, only=args.only, output=args.output)
 
 
 def _need(what: str, *packages: str, extra: str = "train") -> None:

@@ -98,10 +98,13 @@ def row_length(processor: LibraProcessor, max_length: int | None) -> int | None:
 
 
 @dataclass
-class LengthCheck:
+class ConversationCheck:
     """
-    Refuses conversations of which `max_length` would leave no answer, or would cut into an image. What ends in the first
-    answer and what holds the last image must fit, and one token more.
+    Refuses conversations that would not be learned as they are written.
+
+    - Their texts have special tokens of the tokenizer, such as `</s>`: they would end the answer instead of being read.
+    - `max_length` would leave no answer, or would cut into an image. What ends in the first answer and what holds the last
+      image must fit, and one token more.
 
     Args:
         processor ([`LibraProcessor`]): counts tokens.
@@ -109,9 +112,10 @@ class LengthCheck:
     """
 
     processor: LibraProcessor
-    max_length: int | None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
+        self._special = self.processor.tokenizer.all_special_tokens
         self._frame = len(self._render([{"role": "user", "content": ""}]).encode())
 
     def __call__(self, messages: list[Message], num_images: int) -> None:
@@ -121,8 +125,13 @@ class LengthCheck:
             num_images (`int`): their images.
 
         Raises:
-            BadSample: if they are too long.
+            BadSample: if they are too long, or have special tokens.
         """
+        for place, message in enumerate(messages):
+            special = next((token for token in self._special if token in text_of(message)), None)
+            if special is not None:
+                detail = f"has {special!r} in turn {place}, which is not text to the tokenizer; write it in another way"
+                raise BadSample("special token", detail)
         if self.max_length is None:
             return
         last_image = max(

@@ -6,6 +6,7 @@ COCO in Karpathy's json, and datasets of the Hub. All of them give a stream of r
 """
 
 import csv
+import io
 import json
 import re
 import tarfile
@@ -138,7 +139,7 @@ def find_files(location: str, pattern: str) -> list[str]:
 
     Args:
         location (`str`): path, pattern or URL.
-        pattern (`str`): which files of a folder.
+        pattern (`str`): which files of a folder, or else of the folders in it.
 
     Returns:
         `list` of `str`: sorted, so that all processes see the same order.
@@ -147,9 +148,8 @@ def find_files(location: str, pattern: str) -> list[str]:
         FileNotFoundError: if there are none.
     """
     filesystem, path = fsspec.core.url_to_fs(location)
-    if filesystem.isdir(path):
-        path = f"{path}/{pattern}"
-    found = sorted(filesystem.glob(path))
+    patterns = [f"{path}/{pattern}", f"{path}/*/{pattern}"] if filesystem.isdir(path) else [path]
+    found = next(filter(None, (sorted(filesystem.glob(each)) for each in patterns)), None)
     if not found:
         raise FileNotFoundError(_not_found(location if "*" in location else f"{location} ({pattern})"))
     return [filesystem.unstrip_protocol(file) if "://" in location else file for file in found]
@@ -250,14 +250,25 @@ def _load_folder(folder: str, caption_column: str | None) -> CaptionSource:
 def _read_metadata(root: Path, caption_column: str | None) -> Iterator[tuple[str, Any]]:
     """Images and captions of the metadata files of a folder and the folders in it, as `datasets` names them."""
     for file in sorted([*root.rglob("metadata.jsonl"), *root.rglob("metadata.csv")]):
-        lines = _read_text(file).splitlines()
-        rows = list(map(json.loads, filter(str.strip, lines)) if file.suffix == ".jsonl" else csv.DictReader(lines))
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(_read_rows(file), start=1):
             if "file_name" not in row:
                 raise ValueError(f"Row {number} of {file} has no file_name; it has {sorted(row)}.")
             names = (caption_column,) if caption_column else CAPTION_COLUMNS
             caption = next((row[name] for name in names if row.get(name)), None)
             yield str(file.parent / row["file_name"]), caption
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    text = _read_text(file)
+    if file.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold other line ends, which splitlines() knows
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Line {number} of {file} is not valid JSON: {error}") from error
+    return rows
 
 
 def _read_texts_beside(root: Path) -> Iterator[tuple[str, str | None]]:

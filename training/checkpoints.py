@@ -5,6 +5,7 @@ as that lasts, so that a half-written one is never taken for a checkpoint; and o
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def save_whole_checkpoints(trainer: Trainer) -> None:
     args, save = trainer.args, trainer._save_checkpoint
     if args.should_save:
         for folder in _folders(args.output_dir):
-            if not is_whole(folder):
+            if (folder / UNFINISHED).exists():
                 shutil.rmtree(folder)
 
     def save_checkpoint(*positional, **named) -> None:
@@ -73,4 +74,6 @@ def save_whole_checkpoints(trainer: Trainer) -> None:
 
 
 def _folders(output_dir: str | os.PathLike) -> list[Path]:
-    return [*Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")]
+    """Folders of checkpoints; others, such as a user's `checkpoint-100-best`, are not the run's."""
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return [folder for folder in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name)]

@@ -29,6 +29,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from processing.chat_template_libra import IMAGE_TOKEN
+from processing.image_processing_libra import read_image
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 """What the roles of either form are called in messages."""
@@ -416,7 +417,8 @@ class _Reader:
 
 def open_image(image: Any, folder: str, name: str) -> Image.Image:
     """
-    An image of a path, or of what `datasets` keeps of one: bytes, or a path.
+    An image of a path, or of what `datasets` keeps of one (bytes, or a path), read as the processor reads it: upright,
+    transparency on white.
 
     Args:
         image (`str` or `dict`): it.
@@ -431,6 +433,6 @@ def open_image(image: Any, folder: str, name: str) -> Image.Image:
     try:
         content: Any = image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
         with Image.open(content) as opened:
-            return opened.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:  # PIL.UnidentifiedImageError is an OSError
+            return read_image(opened, str(image["path"] or "the image"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:  # PIL.UnidentifiedImageError is an OSError
         raise ValueError(f"{name}: its image {image['path'] or ''} cannot be read: {error}") from error

@@ -25,7 +25,7 @@ from libra_cli.loading import check_path, load_model
 from processing.processing_libra import LibraProcessor
 
 from .adapters import AdapterArguments
-from .answers import check_supervision, row_length
+from .answers import ConversationCheck, check_supervision, row_length
 from .conversations import ConversationArguments
 from .data import DataArguments, load_world_preferences
 from .device_tokenization import DeviceTokenization
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     if data.dataset == "world":
         train_data, eval_data = load_world_preferences(data)
     else:
-        train_data, eval_data = read_preferences(data.dataset, options), None
+        train_data, eval_data = read_preferences(data.dataset, options, ConversationCheck(processor)), None
     collator = PreferenceCollator(processor, args.max_length)
     some = [train_data[i] for i in range(0, len(train_data), max(1, len(train_data) // CHECKED_SAMPLES))]
     for side in ("chosen", "rejected"):

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+
+from processing.image_processing_libra import pad_to_square, read_image
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 """Mean colour CLIP's input is normalised with."""
@@ -15,20 +17,17 @@ CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 def to_pixel_values(image: Image.Image, size: int) -> torch.Tensor:
     """
-    An image as CLIP sees it: padded to a square with the mean colour, resized and normalised.
+    An image as CLIP sees it: padded to a square with the mean colour, resized and normalised, as by
+    [`LibraImageProcessor`].
 
     Args:
-        image (`Image.Image`): Any image; it is converted to RGB.
+        image (`Image.Image`): Any image; it is made upright and RGB, transparency on white.
         size (`int`): Side of the result in pixels.
 
     Returns:
         `torch.Tensor`: float32 of shape `(3, size, size)`, zero mean and unit variance over CLIP's training data.
     """
-    image = image.convert("RGB")
-    if image.width != image.height:
-        side = max(image.size)
-        mean_colour = tuple(int(mean * 255) for mean in CLIP_MEAN)
-        image = ImageOps.pad(image, (side, side), color=mean_colour)
+    image = pad_to_square(read_image(image), tuple(int(mean * 255) for mean in CLIP_MEAN))
     if image.width != size:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = (np.asarray(image, dtype=np.float32) / 255.0 - CLIP_MEAN) / CLIP_STD  # (size, size, 3)

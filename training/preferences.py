@@ -14,6 +14,7 @@ write a space at the beginning of every text, so the ids are not those of the wh
 is asked later. Here conversations are made whole, and the last answer is what is marked.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,13 +114,17 @@ def last_run(marked: torch.Tensor) -> torch.Tensor:
     return marked & (places > gap)
 
 
-def read_preferences(source: str, options: ConversationArguments) -> Dataset:
+def read_preferences(
+    source: str, options: ConversationArguments, refuse: Callable[[list[Message], int], None] = lambda *_: None
+) -> Dataset:
     """
     A dataset of preferences, each sample checked, images opened when a sample is read.
 
     Args:
         source (`str`): a `.json`, `.jsonl` or `.parquet` file, or what `datasets.load_dataset` takes.
         options ([`ConversationArguments`]): how to read it.
+        refuse (`Callable`, *optional*): a further check of each conversation, as in
+            [`~training.conversations.read_conversations`].
 
     Returns:
         `datasets.Dataset`: `id`, `prompt`, `chosen`, `rejected` (messages with parts), `images` (`list` of `Image`).
@@ -147,7 +152,9 @@ def read_preferences(source: str, options: ConversationArguments) -> Dataset:
         row = table[index]
         try:
             files.check([image for image in listed(row[column]) if isinstance(image, str)] if column else [])
-            read_pair(row, count)
+            pair = read_pair(row, count)
+            for side in ("chosen", "rejected"):
+                refuse(pair["prompt"] + pair[side], count)
             good.append(index)
         except BadSample as error:
             problems.append((_name(index, row), error))

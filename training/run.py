@@ -10,6 +10,7 @@ A stage's `main` parses its options with [`StageParser`], calls [`announce_run`]
     step 250/550 (45%) | loss 2.912, text_loss 1.14, vision_loss 3.086 | ... | 1.8 s/step | ends 14:05, in 9 min
 """
 
+import argparse
 import os
 import sys
 import time
@@ -55,6 +56,9 @@ class StageParser(TrlParser):
         super().__init__(
             dataclass_types, prog=f"libra train {stage}", usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
         )
+        for action in self._actions:
+            if action.type is dict:
+                action.type = _mapping
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple[Any, ...]:
         """
@@ -78,6 +82,14 @@ class StageParser(TrlParser):
             return super().parse_args_and_config(args, **kwargs)
         except yaml.YAMLError as error:
             raise ValueError(f"{args[args.index('--config') + 1]} is not valid YAML: {error}") from error
+
+
+def _mapping(text: str) -> dict:
+    """A mapping on the command line, in YAML as in the file: `{rotation: 8}`."""
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a mapping such as '{{rotation: 8}}', found {text!r}")
+    return value
 
 
 def announce_run(args: TrainingArguments, stage: str) -> None:

@@ -30,7 +30,7 @@ from libra_cli.loading import check_path, load_model
 from processing.processing_libra import LibraProcessor
 
 from .adapters import AdapterArguments
-from .answers import AnswerCollator, LengthCheck, check_supervision, row_length
+from .answers import AnswerCollator, ConversationCheck, check_supervision, row_length
 from .conversations import ConversationArguments, read_conversations
 from .data import DataArguments, load_world_conversations
 from .device_tokenization import DeviceTokenization
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_data, eval_data = load_world_conversations(data)
     else:
         say = print if args.process_index == 0 else logger.debug
-        train_data = read_conversations(data.dataset, conversations, LengthCheck(processor, args.max_length), say)
+        train_data = read_conversations(data.dataset, conversations, ConversationCheck(processor, args.max_length), say)
         eval_data = None
     collator = AnswerCollator(processor, args.max_length)
     every = max(1, len(train_data) // CHECKED_SAMPLES)

@@ -118,8 +118,10 @@ class LookupFreeQuantizer(nn.Module):
         signs = signs.float().flatten(0, -3)
         entries = torch.arange(self.codebook_size, device=values.device)[:, None]
         codebook = ((entries >> self._shifts(values.device)) & 1).float() * 2 - 1  # (codebook_size, bits)
-        # squared distance up to a constant is -2 <value, entry>
-        probabilities = (2 * self.inverse_temperature * values @ codebook.T).softmax(dim=-1)  # (rows, codebooks, size)
+        # squared distance up to a constant is -2 <value, entry>; in the thousands, where bfloat16 knows no differences
+        with torch.autocast(values.device.type, enabled=False):
+            distances = -2 * values @ codebook.T  # (rows, codebooks, codebook_size)
+        probabilities = (-self.inverse_temperature * distances).softmax(dim=-1)  # (rows, codebooks, codebook_size)
         return QuantizerLosses(
             per_sample_entropy=_entropy(probabilities).mean(),
             codebook_entropy=_entropy(probabilities.mean(dim=0)).mean(),

@@ -105,3 +105,17 @@ def test_codes_out_of_range_are_refused(code):
 def test_codes_need_one_entry_per_codebook():
     with pytest.raises(ValueError, match="must be the 2 codebooks"):
         make_quantizer().codes_to_quantized(torch.zeros(4, 3, dtype=torch.long))
+
+
+def test_losses_are_exact_under_autocast():
+    """Training in bfloat16 must not round the logits, which go to thousands."""
+    torch.manual_seed(0)
+    quantizer = LookupFreeQuantizer(16, 2, 512)
+    hidden = torch.randn(32, 16)
+    projected = quantizer.project_in(hidden).unflatten(-1, (2, 9))
+    exact = quantizer._losses(projected, projected.sign())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = quantizer._losses(projected, projected.sign())
+    for one, other in zip(exact, mixed, strict=True):
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -10,7 +10,7 @@ from PIL import Image
 from libra_cli.loading import load_libra
 from tests.modeling.toys import make_image, make_model
 from training.analysis import diversity
-from training.analysis.attention import draw_attention, look_at_image
+from training.analysis.attention import answer_ids, draw_attention, look_at_image
 from training.analysis.looks import label_models
 from training.analysis.panels import Curve, Panel, check_output, draw_panels
 from training.analysis.reconstructing import reconstruct_images
@@ -161,3 +161,18 @@ def test_diversity_of_two_models(repo, icons, tmp_path, capsys):
     assert "a: cross_layer 0." in capsys.readouterr().out
     with pytest.raises(SystemExit):
         diversity.main([f"a={repo}", "--samples", "1", "--output", str(output)])
+
+
+def test_answers_to_compare_on_are_written_as_in_training():
+    """In pretraining a caption follows the image without a space, in a conversation its question with one."""
+    _, processor = load_libra("hub_configs/libra-tiny")
+    picture = Image.new("RGB", (96, 96))
+    prompt, whole = (
+        processor(images=picture, text=f"<image>\n{text}", return_tensors="pt")["input_ids"][0]
+        for text in ("", "horse")
+    )
+    assert torch.equal(answer_ids(processor, "horse", None), whole[len(prompt) :])
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "horse"}]
+    ids = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"][0]
+    told = answer_ids(processor, "horse", "What?")
+    assert " ".join(map(str, told.tolist())) in " ".join(map(str, ids.tolist()))

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from processing.processing_libra import LibraProcessor
-from training.answers import AnswerCollator, LengthCheck, check_supervision, row_length, supervised_texts
+from training.answers import AnswerCollator, ConversationCheck, check_supervision, row_length, supervised_texts
 from training.conversations import BadSample, read_messages
 from training.data import DataArguments, load_world_conversations
 
@@ -146,19 +146,28 @@ def test_the_length_check_is_exact(processor, one):
     """What it lets through has its images whole and an answer, at every length; what it refuses has not."""
     whole = AnswerCollator(processor)([one])
     shortest = (whole["labels"][0] != -100).nonzero()[0].item() + 1
-    LengthCheck(processor, shortest)(one["messages"], len(one["images"]))
+    ConversationCheck(processor, shortest)(one["messages"], len(one["images"]))
     AnswerCollator(processor, shortest)([one])
     with pytest.raises(BadSample, match=f"needs {shortest} tokens .* max_length is {shortest - 1}"):
-        LengthCheck(processor, shortest - 1)(one["messages"], len(one["images"]))
+        ConversationCheck(processor, shortest - 1)(one["messages"], len(one["images"]))
 
 
 def test_the_length_check_counts_images_of_later_turns(processor):
     one = sample("later", 1, "Hello?", "Hello!", "<image>\nWhat?", "Red.", "Sure?", "Yes.")
     needed = len(AnswerCollator(processor)([one | {"messages": one["messages"][:4]}])["input_ids"][0])
-    LengthCheck(processor, needed)(one["messages"], 1)
+    ConversationCheck(processor, needed)(one["messages"], 1)
     AnswerCollator(processor, needed)([one])
     with pytest.raises(BadSample):
-        LengthCheck(processor, needed - 15)(one["messages"], 1)
+        ConversationCheck(processor, needed - 15)(one["messages"], 1)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_special_tokens_in_texts_are_refused(processor, place):
+    """They would be ids of their own: an answer would end in its middle."""
+    texts = ["Mark it up.", "<s>old</s> and new"] if place else ["What is </s>?", "An end."]
+    one = sample("html", 0, *texts)
+    with pytest.raises(BadSample, match=rf"has '</?s>' in turn {place}"):
+        ConversationCheck(processor)(one["messages"], 0)
 
 
 def test_rows_are_as_long_as_the_context_unless_shorter_ones_are_asked_for(processor):

@@ -118,7 +118,7 @@ def test_mme_reads_the_beginning(word, rest, upper):
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [("B", "B"), ("b.", "B"), ("(C)", "C"), ("D. a horse", "D"), ("(A) a horse", "A"), ("The answer is C.", "C"),
-     ("Option B", "B"), ("答案是B。", "B"), ("选B", "B"), ("I choose C", "C"), ("A horse is in the field", None),
+     ("Option B", "B"), ("The answer is b.", "B"), ("Answer: (c) it is", "C"), ("the answer is a mystery", None), ("答案是B。", "B"), ("选B", "B"), ("I choose C", "C"), ("A horse is in the field", None),
      ("horse", None), ("E", None), ("B or C", None), ("", None), ("It is a cat.", None)],
 )  # fmt: skip
 def test_letters_in_free_text(answer, letter):
@@ -131,6 +131,11 @@ def test_letters_by_the_text_of_an_option():
     assert option_letter("It is a cat", options) == "C"
     assert option_letter("It is a sea horse", options) is None  # horse is in it as well
     assert option_letter("D", options) is None
+    assert option_letter("The answer is a horse.", ["dog", "a horse"]) == "B"  # not the option a
+    assert option_letter("y", ["x", "y"]) == "B"
+    assert option_letter("图中是马。", ["狗", "马"]) == "B"
+    assert option_letter("It costs $5 in total", ["$5", "$10"]) == "A"
+    assert option_letter("It costs $50", ["$5", "$10"]) is None
 
 
 @given(st.integers(1, 26), st.data(), st.sampled_from(["{}", "{}.", "({})", "{}. something", "The answer is {}."]))

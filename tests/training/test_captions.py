@@ -221,3 +221,27 @@ def test_a_json_of_another_layout(tmp_path):
     (tmp_path / "captions.json").write_text('{"annotations": []}')
     with pytest.raises(ValueError, match="not in the layout of Karpathy's COCO"):
         load_captions(str(tmp_path / "captions.json"))
+
+
+def test_lines_and_fields_of_metadata_are_whole(tmp_path):
+    """A line separator in a JSON string is no end of a line, and a quoted field of a table may have several lines."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(encode("red"))
+    text = "a red\u2028ball"
+    (tmp_path / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "a.png", "caption": text}, ensure_ascii=False) + "\n\n", encoding="utf-8"
+    )
+    (tmp_path / "metadata.csv").write_text('file_name,caption\nb.png,"a blue\nball"\n')
+    assert {text for row in load_captions(str(tmp_path)).rows for text in row["caption"]} == {text, "a blue\nball"}
+
+
+def test_a_broken_line_of_metadata_is_named(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "a"}\n{bad\n')
+    with pytest.raises(ValueError, match=r"Line 2 of .*metadata.jsonl is not valid JSON"):
+        load_captions(str(tmp_path))
+
+
+def test_tars_in_folders_are_found(tmp_path):
+    (tmp_path / "part0").mkdir()
+    location = write_webdataset(tmp_path / "part0")
+    assert read_all(load_captions(str(tmp_path))) == read_all(load_captions(str(location)))

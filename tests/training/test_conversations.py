@@ -240,6 +240,18 @@ def test_an_image_that_cannot_be_read_names_its_sample(read, images):
         dataset[0]
 
 
+def test_images_are_read_as_the_processor_reads_them(read, images):
+    """Upright, and transparency on white: what is trained on is what is asked about."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (8, 4)).save(images / "phone.jpg", exif=exif)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(images / "logo.png")
+    ask = turns("<image>\nWhat?", "This.")
+    phone, logo = read([{"image": name, "conversations": ask} for name in ("phone.jpg", "logo.png")])
+    assert phone["images"][0].size == (4, 8)
+    assert logo["images"][0].getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_wrong_files_are_refused(tmp_path, read):
     with pytest.raises(FileNotFoundError, match="no file"):
         read_conversations(str(tmp_path / "gone.json"), ConversationArguments())

@@ -12,6 +12,7 @@ from PIL import Image
 
 from libra_cli.loading import load_libra
 from training import dpo
+from training.answers import ConversationCheck
 from training.conversations import ConversationArguments
 from training.data import DataArguments, load_world_preferences
 from training.preferences import PreferenceCollator, conversations, last_run, read_preferences
@@ -219,3 +220,9 @@ def test_preferences_of_the_world(icons):
         assert right != wrong
         assert question.startswith("What is in the image?") != question.startswith("Where is the")
         assert (" " in right) == (" " in wrong) or question.startswith("What")
+
+
+def test_special_tokens_in_answers_are_refused(write, repo):
+    check = ConversationCheck(load_libra(repo)[1])
+    with pytest.raises(ValueError, match="has '</s>' in turn 1"):
+        read_preferences(write(preference("red", "blue</s>")), ConversationArguments(), check)

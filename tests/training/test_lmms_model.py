@@ -1,6 +1,7 @@
 """Libra in lmms-eval itself, on a tiny task of real images. Needs lmms-eval (`make install` puts it there)."""
 
 import json
+import os
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lmms_eval.utils import load_yaml_config
 from PIL import ImageFile
 
 from training.benchmarks import scoring
-from training.benchmarks.lmms_model import AnswerFile, LibraLmms
+from training.benchmarks.lmms_model import AnswerFile, LibraLmms, describe_weights
 from training.benchmarks.lmms_plugin import manifest
 from training.benchmarks.run import TASKS, format_table, our_tasks, read_numbers, run_benchmarks
 
@@ -112,7 +113,7 @@ def test_functions_the_tasks_name_are_there():
 
 def test_run_evaluates_resumes_and_writes(tasks, tmp_path, capsys, monkeypatch):
     report = run_benchmarks(TINY, ["toy_vqa", "toy_pope"], tmp_path, batch_size=4, include=tasks)
-    answers = dict(AnswerFile(tmp_path / "answers.jsonl", str(TINY)).read())
+    answers = dict(AnswerFile(tmp_path / "answers.jsonl", describe_weights(TINY)).read())
     assert len(answers) == 12
     airplane = next(
         text for key, text in answers.items() if json.loads(key)[0] == "toy_vqa" and json.loads(key)[2] == 0
@@ -159,6 +160,16 @@ def test_sampling_settings_of_a_task_do_not_matter(shown):
     assert texts == {"airplane"}
 
 
+def test_half_a_pair_is_left_out_of_the_score(capsys):
+    """`--limit` may cut between the two questions of an image."""
+    doc = {"category": "color", "answer": "Yes"}
+    rows = [scoring.score_mme(doc | {"question_id": image}, ["yes"])["mme_perception"] for image in "aab"]
+    assert scoring.mme_perception(rows) == 200
+    mmvp = [{"right": True, "pair": 0}, {"right": False, "pair": 0}, {"right": True, "pair": 1}]
+    assert scoring.mmvp_pairs(mmvp) == 0
+    assert capsys.readouterr().out.count("1 questions are left out") == 2
+
+
 def test_what_libra_cannot_do_is_said(libra):
     with pytest.raises(NotImplementedError, match="compares likelihoods"):
         libra.loglikelihood([])
@@ -170,6 +181,16 @@ def test_answers_of_another_model_are_refused(tmp_path):
     AnswerFile(tmp_path / "answers.jsonl", "one")
     with pytest.raises(ValueError, match="answers of 'one', not of 'another'"):
         AnswerFile(tmp_path / "answers.jsonl", "another")
+
+
+def test_answers_of_the_same_folder_before_more_training_are_refused(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    weights.touch()
+    AnswerFile(tmp_path / "answers.jsonl", describe_weights(tmp_path))
+    AnswerFile(tmp_path / "answers.jsonl", describe_weights(tmp_path))
+    os.utime(weights, (0, 0))
+    with pytest.raises(ValueError, match="weights of"):
+        AnswerFile(tmp_path / "answers.jsonl", describe_weights(tmp_path))
 
 
 def refuse(*args, **kwargs):
@@ -222,8 +243,8 @@ def test_scores_of_the_tasks_by_hand():
     assert [row["accuracy"] for row in mmbench] == [100, 100, 100, 0]
     assert scoring.mmbench_circular([row["mmbench_circular"] for row in mmbench]) == 50
     mmvp = [
-        scoring.score_mmvp({"Index": index, "Correct Answer": right}, [given])
-        for index, right, given in ((1, "(a)", "A"), (2, "(b)", "(b)"), (3, "(a)", "B"), (4, "(b)", "B"))
+        scoring.score_mmvp({"Index": index, "Correct Answer": right, "Options": "(a) Open (b) Closed"}, [given])
+        for index, right, given in ((1, "(a)", "A"), (2, "(b)", "Closed"), (3, "(a)", "B"), (4, "(b)", "B"))
     ]
     assert scoring.mmvp_pairs([row["mmvp_pairs"] for row in mmvp]) == 50
     assert scoring.score_vqa({"answers": [{"answer": "2"}] * 9 + [{"answer": "3"}]}, ["two"]) == {"vqa_accuracy": 100}

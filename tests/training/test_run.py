@@ -6,6 +6,7 @@ import re
 import sys
 from datetime import datetime
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from trl import SFTConfig
 
 from training import run
+from training.checkpoints import last_checkpoint, save_whole_checkpoints
+from training.data import DataArguments
 from training.run import (
     Pace,
     ProgressBar,
@@ -260,4 +263,26 @@ def test_a_wrong_value_is_said_in_two_lines(capsys):
     assert capsys.readouterr().err.splitlines() == [
         "usage: libra train sft [--config FILE.yaml] [--OPTION VALUE ...]",
         "libra train sft: error: argument --size: invalid int value: 'large'",
+    ]
+
+
+def test_mappings_are_flags_as_well():
+    parser = StageParser("pretrain", (DataArguments, TrainingArguments))
+    data, _ = parser.parse_args_and_config(["--augmentation", "{rotation: 8, colour: 0.5}", "--report_to", "none"])
+    assert data.augmentation == {"rotation": 8, "colour": 0.5}
+
+
+def test_folders_of_a_users_own_are_left_alone(tmp_path):
+    """Neither taken for a checkpoint nor deleted as the rest of one."""
+    for name, inside in (("checkpoint-5", "trainer_state.json"), ("checkpoint-100-best", "trainer_state.json"),
+                         ("checkpoint-7", "model.safetensors"), ("checkpoint-9", "unfinished")):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / inside).touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path), should_save=True), _save_checkpoint=None)
+    save_whole_checkpoints(trainer)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == [
+        "checkpoint-100-best",
+        "checkpoint-5",
+        "checkpoint-7",
     ]

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
+from processing.image_processing_libra import LibraImageProcessor
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 from tests.training.libra_parts import SMALL_TOKENIZER
 from training.clip_evaluation import probe_accuracy
@@ -42,7 +43,18 @@ def test_pixels_are_those_of_clip():
     reference = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
     expected = reference(image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(to_pixel_values(image, 48), expected, atol=1e-5, rtol=0)
-    assert to_pixel_values(image.resize((20, 60)), 48).shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize("size", [(20, 60), (150, 233), (200, 101)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_pixels_are_those_of_the_processor(size, mode):
+    """Of any shape, and with transparency: what the image tokenizer learns from is what it is shown later."""
+    channels = len(mode)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    image = Image.fromarray(pixels, mode)
+    processor = LibraImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(to_pixel_values(image, 48), expected, atol=1e-5, rtol=0)
 
 
 def test_regions_are_the_image_and_its_quarters():

@@ -85,7 +85,7 @@ def look_at_image(
         written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         ids = written[0, inputs["input_ids"].shape[1] :]
     else:
-        ids = processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        ids = answer_ids(processor, answer, question)
     ids = ids[ids != processor.tokenizer.eos_token_id]
     if len(ids) == 0:
         raise ValueError("The model answered nothing, so there is no attention of an answer; try another question.")
@@ -98,6 +98,27 @@ def look_at_image(
         cross_layer=model.cross_layer_difference(maps).mean(dim=0),
         inner_layer=model.inner_layer_difference(maps).mean(dim=0),
     )
+
+
+def answer_ids(processor: Any, answer: str, question: str | None) -> torch.Tensor:
+    """
+    An answer as the model is trained to write it, to compare models on it.
+
+    Tokenizers of the Llama family begin a text with a space: after a
+    question there is one, after an image, as captions stand in pretraining, there is none.
+
+    Args:
+        processor ([`LibraProcessor`]): has the tokenizer.
+        answer (`str`): it.
+        question (`str`, *optional*): what it answers; None for a caption as in pretraining.
+
+    Returns:
+        `torch.LongTensor` of shape `(tokens,)`.
+    """
+    if question is not None:
+        return processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    before, whole = (processor.tokenizer("\n" + text, add_special_tokens=False)["input_ids"] for text in ("", answer))
+    return torch.tensor(whole[len(before) :])
 
 
 def split_text(processor: Any, ids: Sequence[int]) -> list[str]:

@@ -7,6 +7,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class LibraLmms(lmms):
     ) -> None:
         super().__init__()
         self.batch_size = int(batch_size)
-        self.answers = AnswerFile(answers, str(pretrained)) if answers else None
+        self.answers = AnswerFile(answers, describe_weights(pretrained)) if answers else None
         model, processor = load_libra(pretrained, **({"dtype": dtype} if dtype else {}))
         if device is None:
             model, processor = to_accelerator(model, processor)
@@ -124,13 +125,22 @@ class LibraLmms(lmms):
         )
 
 
+def describe_weights(pretrained: str | Path) -> str:
+    """What tells a model from others, and from itself before it was trained further: its name, and the age of its files."""
+    files = [*Path(pretrained).rglob("*.safetensors")] if Path(pretrained).is_dir() else []
+    if not files:
+        return str(pretrained)
+    newest = datetime.fromtimestamp(max(file.stat().st_mtime for file in files))
+    return f"{pretrained}, weights of {newest.isoformat(sep=' ')}"
+
+
 class AnswerFile:
     """
     Answers that survive the end of their process: a line of JSON each, after one that names the model.
 
     Args:
         path (`str` or `Path`): the file; begun if it is not there.
-        model (`str`): whose answers these are.
+        model (`str`): whose answers these are, as [`describe_weights`] says it.
 
     Raises:
         ValueError: if the file is of another model.

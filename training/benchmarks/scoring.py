@@ -5,7 +5,9 @@ what that returned for all samples. Numbers are in percent (MME: points).
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .metrics.choice_accuracy import option_letter
@@ -91,6 +93,7 @@ def mme_cognition(items: Sequence[Sample]) -> float:
 
 
 def _mme(items: Sequence[Sample]) -> dict[str, float]:
+    items = _whole_pairs(items, lambda item: (item["subtask"], item["image"]))
     return mme_scores(*([item[key] for item in items] for key in ("prediction", "right", "subtask", "image")))
 
 
@@ -152,13 +155,24 @@ def mmbench_circular(items: Sequence[Sample]) -> float:
 
 def score_mmvp(doc: Sample, results: Sequence[str]) -> dict[str, Any]:
     """For the aggregation `mmvp_pairs`, and plain `accuracy`; questions `Index` 1 and 2 are a pair, 3 and 4, and so on."""
-    right = option_letter(results[0], 2) == option_letter(doc["Correct Answer"], 2)
+    options = re.split(r"\([ab]\)", doc["Options"])[1:]  # "(a) Open (b) Closed"
+    right = option_letter(results[0], options or 2) == option_letter(doc["Correct Answer"], 2)
     return {"mmvp_pairs": {"right": right, "pair": (int(doc["Index"]) - 1) // 2}, "accuracy": 100.0 * right}
 
 
 def mmvp_pairs(items: Sequence[Sample]) -> float:
     """Share of pairs both of whose questions are answered right."""
+    items = _whole_pairs(items, lambda item: item["pair"])
     return 100 * circular_accuracy([item["right"] for item in items], [item["pair"] for item in items])
+
+
+def _whole_pairs(items: Sequence[Sample], pair_of: Callable[[Sample], Any]) -> list[Sample]:
+    """The items whose pair is complete; `--limit` may cut one in two."""
+    sizes = Counter(map(pair_of, items))
+    whole = [item for item in items if sizes[pair_of(item)] != 1]
+    if len(whole) < len(items):
+        print(f"{len(items) - len(whole)} questions are left out of the score: the other of their pair was not asked.")
+    return whole
 
 
 def mmvet_score(items: Sequence[Sample]) -> float:

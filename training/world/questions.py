@@ -107,7 +107,7 @@ def _short(kind: str, question: str, answer: str) -> Question:
 
 
 def _cell(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> Question:
-    """What is in a cell: half of the time one with an object, if there are both kinds."""
+    """What is in a cell: seven times of ten one with an object, if there are both kinds."""
     by_cell = {item.cell: concepts[item.subject].label for item in scene.objects}
     filled = [cell for cell in range(len(CELLS)) if cell in by_cell]
     empty = [cell for cell in range(len(CELLS)) if cell not in by_cell]

@@ -19,8 +19,12 @@ import datasets
 import evaluate
 
 PHRASE = re.compile(
-    r"(?:answer|option|choice|答案|选项|选择?)\s*(?:is|are|:|：|是|为)?\s*[(（]?([A-Za-z])(?![A-Za-z])", re.I
+    r"(?i:answer|option|choice|答案|选项|选择?)\s*(?i:is|are|:|：|是|为)?\s*"
+    r"(?:[(（](?P<bracketed>[A-Za-z])[)）]|(?P<capital>[A-Z])(?![A-Za-z])|(?P<last>[a-z])\W*$)"  # not "is a horse"
 )
+ENDS = ".。!！"
+SPACED = "0-9A-Za-z_\u00c0-\u1fff"
+"""Letters of scripts that part words by spaces, as Chinese does not."""
 
 
 def option_letter(answer: str, options: int | Sequence[str] = 4) -> str | None:
@@ -44,26 +48,28 @@ def option_letter(answer: str, options: int | Sequence[str] = 4) -> str | None:
     letters = ascii_uppercase[:count]
     answer = answer.strip()
     whole = re.fullmatch(r"[(（\[]?([A-Za-z])[)）\].:：,。]*", answer)
-    if whole:
-        return _known(whole[1], letters)
     start = re.match(r"[(（\[]?([A-Z])[)）\].:：、,]", answer)
-    for found in (start, PHRASE.search(answer)):
-        if found and _known(found[1], letters):
-            return found[1].upper()
+    for found in (whole, start, PHRASE.search(answer)):
+        letter = found and found[found.lastgroup or 1].upper()
+        if letter and letter in letters:
+            return letter
     return _by_text(answer, texts) or _standing_alone(answer, letters)
 
 
-def _known(letter: str, letters: str) -> str | None:
-    return letter.upper() if letter.upper() in letters else None
-
-
 def _by_text(answer: str, texts: Sequence[str]) -> str | None:
-    plain = answer.lower().rstrip(".")
-    wanted = [text.strip().lower().rstrip(".") for text in texts]
+    plain = answer.lower().rstrip(ENDS)
+    wanted = [text.strip().lower().rstrip(ENDS) for text in texts]
     if wanted.count(plain) == 1:
         return ascii_uppercase[wanted.index(plain)]
-    inside = [place for place, text in enumerate(wanted) if text and re.search(rf"\b{re.escape(text)}\b", plain)]
+    inside = [place for place, text in enumerate(wanted) if text and _is_in(text, plain)]
     return ascii_uppercase[inside[0]] if len(inside) == 1 else None
+
+
+def _is_in(text: str, answer: str) -> bool:
+    """Whether a text is in an answer as whole words."""
+    before = rf"(?<![{SPACED}])" if re.match(f"[{SPACED}]", text[0]) else ""
+    after = rf"(?![{SPACED}])" if re.match(f"[{SPACED}]", text[-1]) else ""
+    return re.search(before + re.escape(text) + after, answer) is not None
 
 
 def _standing_alone(answer: str, letters: str) -> str | None:
