@@ -153,6 +153,7 @@ def write_repo_files(
         weights_dtype (`torch.dtype`, *optional*): dtype the image tokenizer's weights are stored in.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`): largest file of the image tokenizer's weights.
     """
+    config.text_config.use_cache = True  # transformers' Trainer leaves False in a language model it has trained
     config.save_pretrained(folder)
     generation_config.save_pretrained(folder)
     processor.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -158,6 +158,7 @@ def read_text_config(language_model: str | os.PathLike) -> PreTrainedConfig:
     if getattr(text_config, "quantization_config", None) is not None:
         raise ValueError(f"{language_model} is quantized; use the repository with its full weights.")
     text_config.name_or_path = ""  # where it was read from is not part of the new model
+    text_config.use_cache = True  # transformers' Trainer leaves False in what it has trained
     return text_config
 
 

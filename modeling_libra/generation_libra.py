@@ -9,11 +9,24 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import LogitsProcessor, SequenceBiasLogitsProcessor
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache_libra import CACHE_NAME
 from .image_blocks_libra import find_image_blocks
+
+OF_ONE_WIDTH = (
+    SequenceBiasLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    EncoderNoRepeatNGramLogitsProcessor,
+)
+"""Processors that write to ids of the prompt, images among them, and so need scores over all ids at every step."""
 
 
 def joint_code_logits(vision_logits: torch.Tensor, config) -> torch.Tensor:
@@ -68,11 +81,16 @@ class LibraImageGrammar(LogitsProcessor):
         config ([`LibraConfig`]): names the ids and the number of patches.
         wide (`bool`, *optional*, defaults to `False`):
             Whether scores of text are widened to the flat ids, for processors that need one width at all steps.
+        first ([`LibraImageGrammar`], *optional*):
+            That of the same step before all other processors. Where they have forbidden every code of an image (a forced
+            EOS, for instance), its scores count.
     """
 
-    def __init__(self, config, wide: bool = False):
+    def __init__(self, config, wide: bool = False, first: "LibraImageGrammar | None" = None):
         self.config = config
         self.wide = wide
+        self.first = first
+        self.scores: torch.Tensor | None = None  # what it gave last
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """
@@ -93,8 +111,12 @@ class LibraImageGrammar(LogitsProcessor):
         ids = torch.arange(scores.shape[-1], device=scores.device)
         is_code = (ids >= config.text_vocab_size) & (ids < config.boi_token_id)
         scores = scores.masked_fill(wants_code[:, None] & ~is_code, float("-inf"))
+        if self.first is not None and self.first.scores is not None:
+            nothing_left = wants_code & scores.isneginf().all(dim=1)
+            scores = torch.where(nothing_left[:, None], self.first.scores, scores)
         scores = self._force(scores, since_boi == config.num_patches, config.eoi_token_id)
-        return self._force(scores, last == config.eoi_token_id, config.newline_token_id)
+        self.scores = self._force(scores, last == config.eoi_token_id, config.newline_token_id)
+        return self.scores
 
     @staticmethod
     def _force(scores, rows, token_id):
@@ -110,13 +132,16 @@ class LibraGenerationMixin:
 
     def _get_logits_processor(self, *args, **kwargs):
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        if any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in processors):
+            raise ValueError(
+                "Libra has no guidance (guidance_scale): the scores of text and of images differ in width. Generate "
+                "without it; temperature and top_p sharpen images as well."
+            )
         # First, so that temperature, top-k and top-p act on what can follow; last, because others (no_repeat_ngram_size)
         # may have forbidden a forced EOI or newline.
-        grammar = LibraImageGrammar(
-            self.config, wide=any(isinstance(p, SequenceBiasLogitsProcessor) for p in processors)
-        )
-        processors.insert(0, grammar)
-        processors.append(grammar)
+        first = LibraImageGrammar(self.config, wide=any(isinstance(p, OF_ONE_WIDTH) for p in processors))
+        processors.insert(0, first)
+        processors.append(LibraImageGrammar(self.config, first.wide, first))
         return processors
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, **kwargs):
@@ -202,9 +227,18 @@ class LibraGenerationMixin:
         has_images = (inputs["input_ids"] >= self.config.text_vocab_size).any()
         if has_images:
             inputs["attention_mask"] = kwargs.get("attention_mask")  # 2D, not what is made of it for a static cache
-        if image_features is None or inputs["input_ids"].shape[1] < self.config.num_patches + 2:
+        length = inputs["input_ids"].shape[1]
+        if image_features is None or length == 1:
+            return inputs
+        offsets, _, all_images = find_image_blocks(input_ids, self.config)
+        cut = (offsets[:, -length] > 0) & (offsets[:, -length] <= self.config.num_patches + 1)
+        if cut.any():
+            raise ValueError(
+                f"The cache ends inside an image of rows {cut.nonzero().flatten().tolist()}, whose image_features would be "
+                "lost. Crop it to before the image, or pass a cache that holds all of it."
+            )
+        if length < self.config.num_patches + 2:
             return inputs  # a step that short sees no whole image
-        all_images = find_image_blocks(input_ids, self.config).images_per_row
         seen_images = find_image_blocks(inputs["input_ids"], self.config).images_per_row
         if seen_images.sum() == 0:
             return inputs

@@ -51,22 +51,17 @@ def find_image_blocks(input_ids: torch.Tensor, config) -> ImageBlocks:
     return ImageBlocks(offsets, featured, images_per_row=(in_whole & is_boi).sum(dim=1))
 
 
-def check_image_blocks(input_ids: torch.Tensor, config, continues: bool = False) -> None:
+def check_ids(input_ids: torch.Tensor, config) -> None:
     """
-    Refuses id sequences that no processor makes, before they cost a forward pass.
+    Refuses ids that are none of the model's.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): flat ids.
-        config ([`LibraConfig`]): names V, BOI, EOI and the number of patches.
-        continues (`bool`, *optional*, defaults to `False`):
-            Whether the rows continue a cached sequence, and so may begin inside an image.
+        config ([`LibraConfig`]): names their range.
 
     Raises:
-        ValueError: for ids out of range, codes or EOI outside of an image, images cut short or too long. The message
-            names the row, what was found and what was expected. An image still open at the end of a row is allowed.
+        ValueError: naming the row, the place and the id.
     """
-    if input_ids.numel() == 0:
-        raise ValueError(f"input_ids is empty: its shape is {tuple(input_ids.shape)}.")
     outside = (input_ids < 0) | (input_ids >= config.total_vocab_size)
     if outside.any():
         row, place = outside.nonzero()[0].tolist()
@@ -76,15 +71,43 @@ def check_image_blocks(input_ids: torch.Tensor, config, continues: bool = False)
             "BOI and EOI. Was it made by another model's processor?"
         )
 
+
+def check_image_blocks(
+    input_ids: torch.Tensor, config, continues: bool = False, open_tokens: torch.Tensor | None = None
+) -> None:
+    """
+    Refuses id sequences that no processor makes, before they cost a forward pass.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): flat ids.
+        config ([`LibraConfig`]): names V, BOI, EOI and the number of patches.
+        continues (`bool`, *optional*, defaults to `False`):
+            Whether the rows continue a cached sequence, and so may begin inside an image.
+        open_tokens (`torch.LongTensor` of shape `(batch,)`, *optional*):
+            How many tokens of an image that is not finished each row of the cache ends in, BOI among them; 0 in text. Where
+            it is not known, the rows may begin with any rest of an image.
+
+    Raises:
+        ValueError: for ids out of range, codes or EOI outside of an image, images cut short or too long. The message
+            names the row, what was found and what was expected. An image still open at the end of a row is allowed.
+    """
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids is empty: its shape is {tuple(input_ids.shape)}.")
+    check_ids(input_ids, config)
     patches = config.num_patches
     is_eoi = input_ids == config.eoi_token_id
     is_code = (input_ids >= config.text_vocab_size) & (input_ids < config.boi_token_id)
     offsets = find_image_blocks(input_ids, config).offsets
-    previous = torch.nn.functional.pad(offsets, (1, 0), value=-1)[:, :-1]  # what came before; BOI resets offsets
+    before = torch.full_like(offsets[:, :1], -1)
+    if open_tokens is not None:
+        before = open_tokens[:, None].to(offsets) - 1  # (batch, 1), the offset of the last token of the cache
+        places = torch.arange(1, offsets.shape[1] + 1, device=offsets.device)
+        offsets = torch.where((offsets < 0) & (before >= 0), before + places, offsets)
+    previous = torch.cat([before, offsets[:, :-1]], dim=1)  # of what came before; BOI resets offsets
     expects_code = (previous >= 0) & (previous < patches)
     expects_eoi = previous == patches
     wrong = (expects_code != is_code) | (expects_eoi != is_eoi)
-    if continues:
+    if continues and open_tokens is None:
         before_first_boi = offsets < 0
         wrong &= ~(before_first_boi & _may_continue(is_code, is_eoi, patches))
     if wrong.any():

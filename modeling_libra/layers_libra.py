@@ -344,8 +344,8 @@ class LibraRoutedLayer(GradientCheckpointingLayer):
         language = language + language_update
         language = language + language_layer.mlp(language_layer.post_attention_layernorm(language))
         if vision is not None:
-            vision = vision_update.add_(vision)
-            vision = vision_layer.mlp(vision_layer.post_attention_layernorm(vision)).add_(vision)
+            vision = vision + vision_update
+            vision = vision + vision_layer.mlp(vision_layer.post_attention_layernorm(vision))
         return language, vision
 
 
@@ -408,4 +408,4 @@ class LibraHybridEmbedding(nn.Module):
                 )
             continuous = hybrid[:, discrete.shape[1] :]
             continuous.index_copy_(0, places, features.to(hybrid).flatten(0, 1))
-        return self.proj(self.norm(hybrid))
+        return self.proj(self.norm(hybrid)).to(discrete.dtype)  # under autocast the stream stays in float32

@@ -31,7 +31,7 @@ from .attention_maps_libra import LibraAttentionMapsMixin
 from .cache_libra import CACHE_NAME, BridgeMemory, one_cache
 from .configuration_libra import LibraConfig
 from .generation_libra import LibraGenerationMixin, joint_code_logits
-from .image_blocks_libra import check_image_blocks, check_image_features, find_image_blocks
+from .image_blocks_libra import check_ids, check_image_blocks, check_image_features, find_image_blocks
 from .layers_libra import (
     LibraHybridEmbedding,
     LibraRMSNorm,
@@ -157,8 +157,13 @@ class LibraModel(LibraPreTrainedModel):
         Raises:
             ValueError: for ids out of range, broken image blocks, or features that do not fit them.
         """
-        if input_ids is None:
-            raise ValueError("LibraModel needs input_ids: a token's modality is read from its id.")
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            raise ValueError("LibraModel needs input_ids, not inputs_embeds: a token's modality is read from its id.")
+        if kwargs.get("pixel_values") is not None:
+            raise ValueError(
+                "LibraModel reads image_features, not pixel_values: turn the batch of the processor into codes and "
+                "features with processor.tokenize_images(batch)."
+            )
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
         cache = one_cache(cache, past_key_values)
@@ -178,9 +183,12 @@ class LibraModel(LibraPreTrainedModel):
             memory = BridgeMemory(cache, self._layer_types)
         is_vision = input_ids >= self.config.text_vocab_size
         routing, masks = None, attention_mask
-        if self._needs_routing(is_vision):
+        if self._needs_routing(input_ids, is_vision):
             routing = plan_routing(is_vision, attention_mask, past_length, starts, only_last)
-        language, vision = self._embed(input_ids, image_features, routing, past_length)
+        open_tokens = None
+        if memory is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+            open_tokens = memory.open_tokens(self.config.num_patches)
+        language, vision = self._embed(input_ids, image_features, routing, past_length, open_tokens)
         if memory is not None:  # after the last check: wrong input leaves the cache as it was
             memory.remember_tokens(position_ids, is_vision)
         if routing is None and not isinstance(attention_mask, dict):
@@ -220,21 +228,26 @@ class LibraModel(LibraPreTrainedModel):
         layer_types = getattr(self.config.text_config, "layer_types", None)
         return layer_types or ["attention"] * self.config.text_config.num_hidden_layers
 
-    def _needs_routing(self, is_vision):
+    def _needs_routing(self, input_ids, is_vision):
         if torch.compiler.is_compiling():
             # Looking would break the graph. What is compiled is text decoding; image tokens in it are an error.
             torch._assert_async(~is_vision.any(), "A compiled Libra decodes text only; run images uncompiled.")
             return False
-        return bool(is_vision.any())
+        if input_ids.numel() == 0:
+            return False  # refused with the image blocks
+        lowest, highest = torch.stack(input_ids.aminmax()).tolist()  # one look at the device a step
+        if lowest < 0 or highest >= self.config.total_vocab_size:
+            check_ids(input_ids, self.config)
+        return highest >= self.config.text_vocab_size
 
-    def _embed(self, input_ids, image_features, routing, past_length):
+    def _embed(self, input_ids, image_features, routing, past_length, open_tokens):
         """
         Text embeddings and hybrid image tokens: `(language rows, hidden)` and `(vision rows, hidden)`, or without routing
         `(batch, length, hidden)` and `None`.
         """
         blocks = None
         if not torch.compiler.is_compiling():
-            blocks = self._check(input_ids, image_features, continues=past_length > 0)
+            blocks = self._check(input_ids, image_features, past_length > 0, open_tokens)
         if routing is None:
             # In training the vision parameters take part in the graph with no rows: DDP waits for them.
             vision = self.vision_model.embedding(input_ids.new_empty(0), None, None) if self.training else None
@@ -244,11 +257,11 @@ class LibraModel(LibraPreTrainedModel):
         vision = self.vision_model.embedding(vision_ids, featured, image_features)
         return self.language_model.embed_tokens(language_ids), vision
 
-    def _check(self, input_ids, image_features, continues):
+    def _check(self, input_ids, image_features, continues, open_tokens):
         """Refuses broken image blocks and features that do not fit them; returns the blocks if there are features."""
         if continues and input_ids.shape[1] == 1 and image_features is None:
             return None  # a decoding step: ids were sampled from our own logits; spare it the checks
-        check_image_blocks(input_ids, self.config, continues)
+        check_image_blocks(input_ids, self.config, continues, open_tokens)
         if image_features is None:
             return None
         blocks = find_image_blocks(input_ids, self.config)
@@ -359,8 +372,8 @@ class LibraForCausalLM(LibraAttentionMapsMixin, LibraGenerationMixin, LibraPreTr
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 How many last rows, or which rows, get logits; 0 is all.
             num_items_in_batch (`int`, *optional*):
-                Divides the summed loss instead of the number of supervised tokens; the Trainer passes it when it
-                accumulates gradients.
+                Divides the summed loss instead of the number of supervised tokens; the Trainer passes how many labels
+                are not -100, so those that are never supervised should be -100, as the collators of training/ make them.
 
         Returns:
             [`LibraCausalLMOutputWithPast`]
@@ -368,6 +381,8 @@ class LibraForCausalLM(LibraAttentionMapsMixin, LibraGenerationMixin, LibraPreTr
         Raises:
             ValueError: for wrong input (see [`LibraModel.forward`]) and labels that no head can predict.
         """
+        if labels is not None and use_cache is None and one_cache(cache, past_key_values) is None:
+            use_cache = False  # nothing follows; and sequences are packed only where no cache goes on
         records = any(kwargs.get(f"output_{kind}", getattr(self.config, f"output_{kind}", False)) for kind in RECORDED)
         outputs = self.model(
             input_ids=input_ids,
@@ -383,9 +398,10 @@ class LibraForCausalLM(LibraAttentionMapsMixin, LibraGenerationMixin, LibraPreTr
         hidden_states = outputs.last_hidden_state
         losses: dict[str, Any] = {}
         if labels is not None:
+            may_pack = attention_mask is None and one_cache(cache, past_key_values) is None
             losses = libra_loss(
                 hidden_states, input_ids, labels, attention_mask, self.lm_head, self.predict_codes, self.config,
-                num_items_in_batch,
+                num_items_in_batch, position_ids if may_pack else None,
             )  # fmt: skip
         logits = vision_logits = None
         if labels is None or not self.training:  # training needs no logits but those of supervised rows

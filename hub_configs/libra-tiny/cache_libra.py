@@ -73,6 +73,27 @@ class BridgeMemory:
                 "another model, or cropped layer by layer? Fill it with this one, or start with an empty cache."
             )
 
+    def open_tokens(self, num_patches: int) -> torch.Tensor | None:
+        """
+        How much of an unfinished image the cache ends in.
+
+        Args:
+            num_patches (`int`): codes of an image.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch,)`: tokens of that image, BOI among them; 0 where a row ends in text. None
+            for an empty cache, and one that forgets.
+        """
+        places = [index for index in self.places_index.values() if not self.cache.layers[index].is_sliding]
+        filled = int(self.cache.get_seq_length(0))
+        if not places or filled == 0:
+            return None
+        is_vision = self.cache.layers[places[0]].values[:, 0, :filled, 0].bool()  # (batch, filled)
+        trailing = (
+            is_vision.flip(1).int().cummin(dim=1).values.sum(dim=1)
+        )  # vision tokens at the end, of whole images too
+        return trailing % (num_patches + 2)
+
     def remember_tokens(self, position_ids: torch.Tensor, is_vision: torch.Tensor) -> None:
         """
         Stores the tokens of this forward.

@@ -39,7 +39,8 @@ def read_image(image: Any, name: str = "image") -> Image.Image:
     Args:
         image (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
             A path, an http(s) URL, a base64 string or data URI, a PIL image, or an array (h, w), (h, w, c) or
-            (c, h, w) with 1, 3 or 4 channels, integers in [0, 255] or floats in [0, 1].
+            (c, h, w) with 1, 3 or 4 channels, integers in [0, 255], floats in [0, 1] or booleans. PIL images of the modes I
+            and F are read as such arrays.
         name (`str`, *optional*, defaults to `"image"`): What to call the image in errors.
 
     Returns:
@@ -67,9 +68,13 @@ def read_image(image: Any, name: str = "image") -> Image.Image:
             f"{name}: a {image.format} with {image.n_frames} frames. Pass one frame: image.seek(i); image.convert('RGB')."
         )
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        image = ImageOps.exif_transpose(image)
+        if image.mode not in ("F", "I"):
+            return _to_rgb(image)
+        array = np.asarray(image)
     except Exception as error:  # decoders raise whatever they like on a broken file
         raise ValueError(f"{name}: the image data is broken or cut short ({error}).") from error
+    return _to_rgb(_image_of_array(array, name))  # of any range: PIL would cut it off at 255
 
 
 def _open_image(source: str | os.PathLike, name: str) -> tuple[Image.Image, str]:
@@ -116,7 +121,9 @@ def _decode_base64(text: str, name: str) -> bytes:
 
 
 def _image_of_array(array: np.ndarray | Tensor, name: str) -> Image.Image:
-    array = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
+    if isinstance(array, Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()  # NumPy has no bfloat16
     if array.ndim == 2:
         array = array[..., None]  # (h, w, 1)
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
@@ -125,7 +132,7 @@ def _image_of_array(array: np.ndarray | Tensor, name: str) -> Image.Image:
         raise ValueError(f"{name}: expected an array (h, w), (h, w, c) or (c, h, w), got shape {array.shape}.")
     if 0 in array.shape:
         raise ValueError(f"{name}: the image has no pixels (array of shape {array.shape}).")
-    top = 1 if np.issubdtype(array.dtype, np.floating) else 255
+    top = 1 if array.dtype == bool or np.issubdtype(array.dtype, np.floating) else 255
     if not (array.min() >= 0 and array.max() <= top):  # also when NaN
         raise ValueError(
             f"{name}: {array.dtype} pixels must be in [0, {top}], got values from {array.min()} to {array.max()}."

@@ -25,6 +25,7 @@ def libra_loss(
     predict_codes: Callable,
     config,
     num_items_in_batch: torch.Tensor | int | None = None,
+    packed_positions: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Next-token cross entropy: on a text target of the language head, on a vision target the mean of the codebooks'
@@ -34,7 +35,7 @@ def libra_loss(
     times length; see [`summed_cross_entropy`].
 
     Never supervised, whatever their labels: BOI, the newline after an image (EOI predicts nothing), padding, and the
-    token after left padding (BOS).
+    token after left padding or another packed sequence (BOS).
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): normed, as the heads read them.
@@ -45,6 +46,8 @@ def libra_loss(
         predict_codes (`Callable`): from `(rows, hidden)` to `(rows, num_codebooks, codebook_size + 2)`.
         config ([`LibraConfig`]): names V, BOI and EOI.
         num_items_in_batch (`int`, *optional*): divides the sum instead of the number of supervised tokens.
+        packed_positions (`torch.LongTensor` of shape `(batch, length)`, *optional*): positions of packed sequences, which
+            begin where they do not go on counting.
 
     Returns:
         `dict` with `loss`, `text_loss` and `vision_loss`, scalars in float32, and `codebook_losses` of shape
@@ -52,10 +55,18 @@ def libra_loss(
         where there is none.
 
     Raises:
-        ValueError: for labels of the wrong shape or range, labels that supervise nothing, and labels that no head can
+        ValueError: for labels of the wrong shape or range, labels that supervise nothing (where nothing else divides the
+            sum), and labels that no head can
             predict (text inside an image, a code in the text), naming the row.
     """
     target = _supervised_targets(input_ids, labels, attention_mask, config)
+    if packed_positions is not None:
+        target = target.masked_fill(packed_positions.diff(dim=1) != 1, -100)
+    if not num_items_in_batch and not (target != -100).any():  # one of many accumulated batches may have none
+        raise ValueError(
+            "labels supervise no token of the batch (all are -100, BOI, padding or the newline after an image); the "
+            "loss would be 0 / 0. Check the chat template, the masking and max_length."
+        )
     hidden_states = hidden_states[:, :-1].flatten(0, 1)
     supervised = target >= 0
     is_vision = target >= config.text_vocab_size
@@ -133,7 +144,7 @@ def _supervised_targets(input_ids, labels, attention_mask, config):
     target = target.masked_fill(target == config.boi_token_id, -100)
     target = target.masked_fill((source == config.eoi_token_id) & (target < config.text_vocab_size), -100)
     if attention_mask is not None and attention_mask.ndim == 2:
-        padded = attention_mask == 0
+        padded = attention_mask[:, -input_ids.shape[1] :] == 0  # it covers the cache as well
         # After left padding the first real token, BOS, has nothing to be predicted from.
         target = target.masked_fill(padded[:, 1:] | padded[:, :-1], -100)
 
@@ -141,11 +152,6 @@ def _supervised_targets(input_ids, labels, attention_mask, config):
     mismatch = (target != -100) & (source_is_vision != (target >= config.text_vocab_size))
     expected = "a token inside an image predicts a code or EOI, any other token text. Are labels shifted already?"
     _refuse(mismatch, target, expected)
-    if not (target != -100).any():
-        raise ValueError(
-            "labels supervise no token of the batch (all are -100, BOI, padding or the newline after an image); the "
-            "loss would be 0 / 0. Check the chat template, the masking and max_length."
-        )
     return target
 
 

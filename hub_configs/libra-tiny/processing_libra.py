@@ -209,7 +209,7 @@ class LibraProcessor(ProcessorMixin):
         codes = None
         if images and tokenize_images:
             codes, features = self._encode(batch.pop("pixel_values"))
-            batch["image_features"] = features if torch.is_tensor(batch["input_ids"]) else features.numpy()
+            batch["image_features"] = features if torch.is_tensor(batch["input_ids"]) else features.cpu().numpy()
         self._fill_places(batch, rows, codes)
         return batch
 
@@ -377,7 +377,7 @@ class LibraProcessor(ProcessorMixin):
         """Texts of a batch of ids, see [`~LibraProcessor.decode`]."""
         return [
             self.tokenizer.decode(self._read_text(ids, row), skip_special_tokens=skip_special_tokens, **kwargs)
-            for row, ids in enumerate(_rows_of(sequences)[0])
+            for row, ids in enumerate(_rows_of(sequences)[0] if len(sequences) else [])
         ]
 
     def post_process_image_text_to_text(
@@ -408,10 +408,12 @@ class LibraProcessor(ProcessorMixin):
             return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
         if generation_mode != "image":
             raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
-        rows, _ = _rows_of(generated_outputs)
+        rows = _rows_of(generated_outputs)[0] if len(generated_outputs) else []
         ids = [image for row, row_ids in enumerate(rows) for image in self._read_images(row_ids, row)]
-        codes = self.ids_to_codes(torch.tensor(ids))  # (images, patches, codebooks)
         images: list[Image.Image] = []
+        if not ids:
+            return images
+        codes = self.ids_to_codes(torch.tensor(ids))  # (images, patches, codebooks)
         for batch in codes.split(DECODE_BATCH_SIZE):  # finished images take a quarter of the memory of their pixels
             images += self.image_processor.postprocess(self.image_tokenizer.decode(batch))
         return images
@@ -575,6 +577,8 @@ def _like(rows: list[list[int]], template):
 def _rows_of(token_ids) -> tuple[list[list[int]], bool]:
     """Ids as a list of rows, and whether they were a batch."""
     if isinstance(token_ids, (Tensor, np.ndarray)):
+        if token_ids.ndim == 2 and len(token_ids) == 0:
+            return [], True
         token_ids = token_ids.tolist()
     if isinstance(token_ids, int):
         return [[token_ids]], False

@@ -226,6 +226,10 @@ def test_wrong_input_leaves_the_cache_as_it_was():
     run(MODEL, PREFIX, cache)
     with pytest.raises(ValueError, match="broken image block"):
         run(MODEL, [*SECOND[:3], 7], cache)
+    with pytest.raises(ValueError, match="broken image block"):
+        run(MODEL, SECOND[1:], cache)  # codes after text
+    with pytest.raises(ValueError, match="has id 1000"):
+        run(MODEL, [1000], cache)
     with pytest.raises(ValueError, match="image_features holds 2 images"):
         run(MODEL, SECOND, cache, make_features(CONFIG, 2))
     with pytest.raises(ValueError, match="attention_mask has shape"):
@@ -248,3 +252,22 @@ def test_a_cache_under_both_names_is_refused():
     cache = DynamicCache(config=CONFIG)
     with pytest.raises(ValueError, match="two names of one thing"):
         MODEL(input_ids=torch.tensor([PREFIX]), cache=cache, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DynamicCache(config=CONFIG), lambda: StaticCache(config=CONFIG, max_cache_len=40)]
+)
+@pytest.mark.parametrize("length", range(1, CONFIG.num_patches + 2))
+def test_an_image_is_whole_across_the_cache(make, length):
+    """However much of an image is in the cache, the rest of it may follow, and nothing else."""
+    image = make_image(CONFIG, 3)
+    head, rest = [*PREFIX, *image[:length]], image[length:]
+    wrongs = ([9, 9], [*rest[:-1], 9, 9], [*rest[:1], *rest], [*rest, rest[0]])
+    for wrong in wrongs:
+        cache = make()
+        run(MODEL, head, cache)
+        with pytest.raises(ValueError, match="broken image block"):
+            run(MODEL, wrong, cache)
+    cache = make()
+    run(MODEL, head, cache)
+    assert_continues(MODEL, cache, [head], [*rest, 9])

@@ -349,3 +349,34 @@ def test_cuts_between_images():
 def test_assisted_generation_is_refused():
     with pytest.raises(ValueError, match="no assisted generation"):
         MODEL.generate(torch.tensor([[1, 5]]), **GREEDY, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_an_image_goes_on_where_everything_else_is_forbidden(sample):
+    """A forced end of text has to wait for the end of the image."""
+    inputs, _ = prompt_inputs(["image to write"])
+    torch.manual_seed(0)
+    generated = MODEL.generate(**inputs, do_sample=sample, max_new_tokens=2, forced_eos_token_id=2)
+    assert_grammar(generated, inputs["input_ids"].shape[1])
+    if not sample:
+        assert torch.equal(generated, MODEL.generate(**inputs, do_sample=False, max_new_tokens=2))
+
+
+@pytest.mark.parametrize("how", [{"encoder_repetition_penalty": 1.5}, {"encoder_no_repeat_ngram_size": 2}], ids=str)
+def test_processors_that_read_the_prompt(how):
+    inputs, _ = prompt_inputs(PROMPTS)
+    assert_grammar(MODEL.generate(**inputs, **GREEDY, **how), inputs["input_ids"].shape[1])
+
+
+def test_guidance_is_refused():
+    inputs, _ = prompt_inputs(["image to write"])
+    with pytest.raises(ValueError, match="no guidance"):
+        MODEL.generate(**inputs, **GREEDY, guidance_scale=2.0)
+
+
+def test_features_are_not_lost_behind_a_cut_cache():
+    inputs, _ = prompt_inputs(["image, then text"])
+    cache = DynamicCache(config=CONFIG)
+    MODEL(input_ids=inputs["input_ids"][:, :4], **{CACHE_NAME: cache}, use_cache=True)
+    with pytest.raises(ValueError, match="cache ends inside an image of rows"):
+        MODEL.generate(**inputs, **GREEDY, **{CACHE_NAME: cache})

@@ -167,3 +167,10 @@ def test_the_model_checks_its_ids(toy_model):
 def test_input_ids_are_needed(toy_model):
     with pytest.raises(ValueError, match="needs input_ids"):
         toy_model()
+
+
+@pytest.mark.parametrize("name", ["inputs_embeds", "pixel_values"])
+def test_what_the_model_does_not_read_is_refused(toy_model, name):
+    """Left unread, the placeholders of a batch that is not tokenized yet would be taken for its images."""
+    with pytest.raises(ValueError, match=r"needs input_ids, not|processor\.tokenize_images"):
+        toy_model(input_ids=torch.tensor([[1, 5]]), **{name: torch.zeros(1, 2, 8)})

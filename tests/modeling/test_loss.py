@@ -297,3 +297,40 @@ def test_labels_of_another_shape(toy_model):
     ids = torch.tensor([ROW])
     with pytest.raises(ValueError, match=r"labels has shape \(1, 9\), input_ids \(1, 10\)"):
         toy_model(input_ids=ids, labels=ids[:, 1:])
+
+
+def test_a_batch_without_targets_among_accumulated_ones(toy_model):
+    """It adds nothing to the sum that the other batches divide; alone it is an error."""
+    ids, labels = torch.tensor([ROW]), torch.full((1, len(ROW)), -100)
+    assert toy_model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(10)).loss == 0
+    with pytest.raises(ValueError, match="labels supervise no token of the batch"):
+        toy_model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(0))
+
+
+def test_labels_of_what_follows_a_cache(toy_model):
+    """Answers on a prefix that is shared: the mask covers the cache, too."""
+    ids = torch.tensor([[1, 5, 6, 7, 8, 9]])
+    mask = torch.ones_like(ids)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    expected = toy_model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    cache = toy_model(input_ids=ids[:, :2], use_cache=True).past_key_values
+    inputs = {"input_ids": ids[:, 2:], "labels": labels[:, 2:], "attention_mask": mask, "past_key_values": cache}
+    torch.testing.assert_close(toy_model(**inputs).loss, expected)
+
+
+def test_packed_sequences_are_those_apart(toy_model):
+    rows = torch.tensor([[1, 5, 6, 7]]), torch.tensor([[1, 8, 9]])
+    packed = torch.cat(rows, dim=1)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    apart = [toy_model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) for ids in rows]
+    together = toy_model(input_ids=packed, labels=packed, position_ids=positions).loss
+    torch.testing.assert_close(together, sum(apart) / 5)
+
+
+def test_both_streams_stay_in_float32_under_autocast(batch):
+    model, kept = make_model(), []
+    model.model.vision_model.layers[-1].register_forward_pre_hook(lambda _, args: kept.extend(args[:2]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch)
+    assert {stream.dtype for stream in kept if torch.is_tensor(stream)} == {torch.float32}

@@ -183,3 +183,13 @@ def test_save_and_load(image_processor, tmp_path, photo):
     assert loaded.to_dict() == image_processor.to_dict()
     before = image_processor(photo, return_tensors="pt")["pixel_values"]
     assert torch.equal(loaded(photo, return_tensors="pt")["pixel_values"], before)
+
+
+def test_float_and_boolean_pixels():
+    """PIL would cut floats off at 255 levels of black; arrays and images of them are read alike."""
+    array = np.full((4, 4), 0.5, dtype=np.float32)
+    assert read_image(Image.fromarray(array)).getpixel((0, 0)) == read_image(array).getpixel((0, 0)) == (128, 128, 128)
+    assert read_image(np.ones((4, 4), dtype=bool)).getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(torch.full((3, 8, 8), 0.5, dtype=torch.bfloat16)).getpixel((0, 0)) == (128, 128, 128)
+    with pytest.raises(ValueError, match=r"int32 pixels must be in \[0, 255\], got values from 30000"):
+        read_image(Image.fromarray(np.full((4, 4), 30000, dtype=np.int32)))
