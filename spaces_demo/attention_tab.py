@@ -12,7 +12,7 @@ from pictures import curve, figures, heat, picture
 from PIL import Image
 from tokenizer_tab import image_examples, image_input, read_pixels
 from uploads import VisitorError
-from wording import PAPER
+from wording import SECTION
 
 EXPLANATION = f"""
 ### Look inside
@@ -20,7 +20,7 @@ EXPLANATION = f"""
 Before it writes a word, each layer of the model looks back over everything so far, the image included. Here you see for
 every word how strongly each layer looks at each patch: bright orange is much, dark is nothing. The curves below tell how
 much that changes from layer to layer, and how much the heads of a layer (each looks in its own way) disagree.
-[Figures 4 and 7 of the paper]({PAPER})
+[Figures 4 and 7, in section 4 of the paper]({SECTION.format("S4")})
 """
 
 FIRST_IMAGE = str(EXAMPLES / "airplane.png")
@@ -47,6 +47,8 @@ def inspect(image: str | None, question: str) -> tuple[Any, str, Any, str, str]:
         of the curves.
     """
     try:
+        if len(question) > MAX_QUESTION:
+            raise VisitorError(f"The question has {len(question)} characters. Please keep to {MAX_QUESTION}.")
         seen = look(image, question)
         pixels = read_pixels(image)
     except VisitorError as error:

@@ -7,7 +7,7 @@ import gradio as gr
 from conversation import REFUSED, SHORT_ANSWER, ask
 from libra_model import HERE, gpu
 from uploads import VisitorError
-from wording import PAPER
+from wording import SECTION
 
 EXAMPLES = HERE / "examples"
 QUESTIONS = [
@@ -23,7 +23,7 @@ WORKED_EXAMPLE = [("airplane.png", "What is in the image?"), (None, "How many ob
 
 EXPLANATION = f"""
 Below is a conversation this model has just had: go on with it, or clear it. Several images are fine, in any turn.
-How text and images meet: [section 3.3 of the paper]({PAPER}).
+How text and images meet: [section 3.3 of the paper]({SECTION.format("S3.SS3")}).
 """
 
 ALT_TEXTS = {

@@ -13,6 +13,12 @@ SHORT_ANSWER = "Answer the question using a single word or phrase."
 REFUSED = "Not sent to the model"
 """Title of explanations; the model never reads them, nor what they explain."""
 
+MAX_TEXT = 20_000
+"""Most characters of a text, more than any context holds: longer ones are not worth tokenizing."""
+
+LOWEST_TEMPERATURE = 0.05
+"""Below it, differences of scores would exceed what numbers can hold."""
+
 MAX_IMAGES = 8
 """Most images of one message."""
 
@@ -93,7 +99,7 @@ def sampling(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
     """
     if temperature <= 0:
         return {"do_sample": False}
-    options = {"do_sample": True, "temperature": float(temperature), "top_k": 0}
+    options = {"do_sample": True, "temperature": max(LOWEST_TEMPERATURE, float(temperature)), "top_k": 0}
     return options if top_p >= 1 else {**options, "top_p": float(top_p)}
 
 
@@ -125,14 +131,18 @@ def _with_pixels(part):
 
 def check_text(text: str) -> None:
     """
-    Refuses text that would be read as more than text.
+    Refuses text that would be read as more than text, or not at all.
 
     Args:
         text (`str`): what a visitor typed.
 
     Raises:
-        VisitorError: if it holds a mark of the tokenizer, `<image>` among them.
+        VisitorError: if it is too long, no Unicode, or holds a mark of the tokenizer, `<image>` among them.
     """
+    if len(text) > MAX_TEXT:
+        raise VisitorError(f"The text has {len(text)} characters. Please keep to {MAX_TEXT}.")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # halves of letters; no browser sends them
+        raise VisitorError("The text holds halves of letters, which no model can read. Please type it again.")
     processor = load().processor
     for mark in [processor.image_token, *processor.tokenizer.all_special_tokens]:
         if mark in text:

@@ -11,14 +11,14 @@ from libra_model import gpu, load
 from pictures import figures, picture
 from tokenizer_tab import image_examples, image_input, read_pixels
 from uploads import VisitorError
-from wording import PAPER
+from wording import SECTION
 
 EXPLANATION = f"""
 ### Imagine
 
 The model writes images as it writes text: one patch after the other, row by row, each from everything before it. Give it
 the first rows of an image and watch it go on, or only a caption. Hatched patches are not written yet.
-[Section 3.4 of the paper]({PAPER})
+[Section 3.4 of the paper]({SECTION.format("S3.SS4")})
 """
 
 FIRST_IMAGE = str(EXAMPLES / "strawberry.png")

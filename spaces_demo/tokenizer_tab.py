@@ -1,5 +1,8 @@
 """The second tab: what the image tokenizer keeps of an image."""
 
+from functools import partial
+from pathlib import Path
+
 import gradio as gr
 import torch
 from chat_tab import ALT_TEXTS, EXAMPLES
@@ -7,7 +10,7 @@ from gradio.data_classes import ImageData
 from libra_model import TURNS, gpu, load
 from pictures import code_map, figures, hide_patches, picture
 from uploads import VisitorError, open_image
-from wording import PAPER
+from wording import SECTION
 
 EXPLANATION = f"""
 ### What the tokenizer sees
@@ -15,7 +18,7 @@ EXPLANATION = f"""
 Before the model sees an image, the **image tokenizer** cuts it into patches and gives each patch two numbers, one from each
 of two lists of 512. The numbers are like words: the model reads them and can write them. Below is what they keep of the
 image, painted back from the numbers alone. Hide some patches and see which numbers change.
-[Section 3.1 of the paper]({PAPER})
+[Section 3.1 of the paper]({SECTION.format("S3.SS1")})
 """
 
 FIRST_IMAGE = str(EXAMPLES / "horse.png")
@@ -95,14 +98,21 @@ def image_input(elem_id: str, label: str = "Image", value: str | None = None) ->
         value, type="filepath", sources=["upload", "clipboard"], label=label, elem_id=elem_id, height=220, buttons=[],
         alt_text="The image you chose",
     )  # fmt: skip
-    # `gr.Image` would open the file here, and its errors explain nothing. That the path is one of an upload, gradio has
-    # checked before.
-    image.preprocess = _path_of  # type: ignore[method-assign]
+    # `gr.Image` would open the file here, and its errors explain nothing.
+    image.preprocess = partial(_path_of, image.GRADIO_CACHE)  # type: ignore[method-assign]
     return image
 
 
-def _path_of(payload: ImageData | None) -> str | None:
-    return None if payload is None else payload.path
+def _path_of(uploads: str, payload: ImageData | None) -> str | None:
+    """The path of an upload or an example. Others are refused: gradio checks only what calls itself a file."""
+    if payload is None or payload.path is None:
+        return None
+    path = Path(payload.path).resolve()
+    if not any(path.is_relative_to(Path(folder).resolve()) for folder in (uploads, EXAMPLES)):
+        raise gr.Error(
+            "Only images uploaded here can be opened. Upload one, or pick an example.", print_exception=False
+        )
+    return payload.path
 
 
 def image_examples(image: gr.Image) -> None:

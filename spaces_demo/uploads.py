@@ -15,6 +15,10 @@ MAX_SIDE = 1024
 """Longer side to which images are shrunk at once; models read 96 or 336 pixels."""
 
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is read. Of the others, some start programs (EPS) or name further files."""
+
+
 class VisitorError(ValueError):
     """A mistake of the visitor; the message says what was wrong and what to do, in words for the page."""
 
@@ -38,7 +42,7 @@ def open_image(path: str | os.PathLike | None) -> Image.Image:
     if not os.path.isfile(path):
         raise VisitorError(f"{name} is no longer here: uploads are deleted after a while. Please upload it again.")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise VisitorError(
                     f"{name} has {image.width} x {image.height} pixels. At most {MAX_PIXELS // 10**6} million can be read "

@@ -3,6 +3,9 @@
 PAPER = "https://arxiv.org/abs/2405.10140"
 """Where "Libra: Building Decoupled Vision System on Large Language Models" (ICML 2024) can be read."""
 
+SECTION = "https://arxiv.org/html/2405.10140v1#{}"
+"""A section of it: `S3.SS3` is Section 3.3."""
+
 INTRODUCTION = f"""
 # Libra
 

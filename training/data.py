@@ -37,9 +37,11 @@ class DataArguments:
         augmentation (`dict`, *optional*): settings of [`~training.world.augment.Augmentation`].
         max_turns (`int`, *optional*, defaults to 2): most questions about a scene in a conversation.
         naming_first (`bool`, *optional*, defaults to `True`): whether its first question asks what is there.
+        question_draws (`int`, *optional*, defaults to 1): how many questions of each kind there are to choose from.
+        similar (`float`, *optional*, defaults to 1.0): share of absent things asked for that are like a present one.
 
     Raises:
-        ValueError: if there are to be no training samples, no concepts or no questions.
+        ValueError: if there are to be no training samples, no concepts or no questions, or for a share out of range.
     """
 
     dataset: str = field(default="world", metadata={"help": "'world', or where the data are."})
@@ -53,11 +55,15 @@ class DataArguments:
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
     max_turns: int = field(default=2, metadata={"help": "Most questions about a scene of the world."})
     naming_first: bool = field(default=True, metadata={"help": "Whether the first one asks what is there."})
+    question_draws: int = field(default=1, metadata={"help": "Questions of each kind there are to choose from."})
+    similar: float = field(default=1.0, metadata={"help": "Share of absent things that are like a present one."})
 
     def __post_init__(self):
-        for name in ("train_samples", "num_concepts", "max_turns"):
+        for name in ("train_samples", "num_concepts", "max_turns", "question_draws"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, found {vars(self)[name]}.")
+        if not 0 <= self.similar <= 1:
+            raise ValueError(f"similar must be in [0, 1], found {self.similar}.")
 
 
 class CaptionSamples(Dataset):
@@ -117,7 +123,7 @@ def load_caption_data(data: DataArguments) -> tuple[Dataset, Dataset]:
 
 
 def to_conversation(
-    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 2, naming_first: bool = True
+    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], data: DataArguments
 ) -> dict[str, Any]:
     """
     A scene with some of its questions, as TRL reads conversations.
@@ -126,33 +132,36 @@ def to_conversation(
         scene ([`Scene`]): the scene.
         rng (`np.random.Generator`): chooses the questions.
         concepts (`Sequence[Concept]`): the concepts there are; questions name absent ones too.
-        max_turns (`int`, *optional*, defaults to 2): most questions.
-        naming_first (`bool`, *optional*, defaults to `True`):
-            Whether the first one asks what is there. A model that cannot name yet learns nothing from the others; one
-            that can should be asked them first as well, or it reads their answers off the name before.
+        data ([`DataArguments`]):
+            How many questions, and which. A model that cannot name yet learns nothing from others than `naming_first`; one
+            that can should be asked them first as well, or it reads their answers off the name before. It names things long
+            before it looks for one that is named; several draws ask more of that.
 
     Returns:
         `dict`: `messages`, alternating user and assistant, and `images`, the one image.
     """
-    questions = scene_questions(scene, rng, concepts)
+    drawn = [
+        question for _ in range(data.question_draws) for question in scene_questions(scene, rng, concepts, data.similar)
+    ]
+    questions = [*{question.question: question for question in drawn}.values()]
     order = [questions[i] for i in rng.permutation(len(questions))]
-    if naming_first:
+    if data.naming_first:
         first = next(question for question in order if question.kind in ("caption", "label"))
         order = [first, *(question for question in order if question is not first)]
     messages = []
-    for question in order[: rng.integers(max_turns) + 1]:
+    for question in order[: rng.integers(data.max_turns) + 1]:
         messages.append({"role": "user", "content": question.question})
         messages.append({"role": "assistant", "content": question.answer})
     return {"messages": messages, "images": [scene.image]}
 
 
-def world_conversations(world: World, max_turns: int = 2, naming_first: bool = True) -> TableDataset:
+def world_conversations(world: World, data: DataArguments) -> TableDataset:
     """
     The scenes of a world as a dataset of conversations, drawn when they are read.
 
     Args:
         world ([`World`]): the scenes.
-        max_turns, naming_first (*optional*): which questions, as in [`to_conversation`].
+        data ([`DataArguments`]): which questions, as in [`to_conversation`].
 
     Returns:
         `datasets.Dataset` whose samples have `messages` and `images`.
@@ -162,8 +171,7 @@ def world_conversations(world: World, max_turns: int = 2, naming_first: bool = T
 
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
         samples = [
-            to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts, max_turns, naming_first)
-            for i in rows["scene"]
+            to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts, data) for i in rows["scene"]
         ]
         return {key: [sample[key] for sample in samples] for key in samples[0]}
 
@@ -181,8 +189,7 @@ def load_world_conversations(data: DataArguments) -> tuple[TableDataset, TableDa
         `tuple`: training and evaluation dataset.
     """
     train, validation = load_worlds(data)
-    questions = (data.max_turns, data.naming_first)
-    return world_conversations(train, *questions), world_conversations(validation, *questions)
+    return world_conversations(train, data), world_conversations(validation, data)
 
 
 def to_preference(scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept]) -> dict[str, Any]:

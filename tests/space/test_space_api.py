@@ -72,6 +72,15 @@ def test_marks_cannot_be_typed(client, mark):
     assert mark in str(answer)
 
 
+@pytest.mark.parametrize("text", ["a" * 30_000, "caf\ud800"], ids=["long", "half a letter"])
+def test_text_that_cannot_be_read_is_explained(space, text):
+    assert "Not sent to the model" in post(space, "chat", [{"text": text, "files": []}, True, 0, 1, 8])
+
+
+def test_the_lowest_temperatures_are_likeliest_words(space):
+    assert "event: complete" in post(space, "chat", [{"text": "What?", "files": []}, True, 1e-40, 1, 8])
+
+
 def test_too_long_a_conversation_is_explained(client):
     images = [SAMPLES / "airplane.png"] * 7
     answer = str(client.predict(message("What is in the image?", *images), api_name="/chat"))
@@ -99,15 +108,18 @@ def test_too_large_a_file_is_refused(client, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", str(REPOSITORY / "samples" / "airplane.png"), "../../etc/passwd"])
-def test_no_path_from_outside_opens_a_file(space, path):
-    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+@pytest.mark.parametrize("kind", [{"meta": {"_type": "gradio.FileData"}}, {}], ids=["file", "bare"])
+def test_no_path_from_outside_opens_a_file(space, path, kind):
+    file = {"path": path, **kind}
     for name, data in (
         ("tokenize", [file, 0]),
         ("look", [file, "What is in the image?"]),
         ("complete", [file, 7, "", 0]),
         ("chat", [{"text": "What is it?", "files": [file]}, True, 0, 1, 8]),
     ):
-        assert "event: error" in post(space, name, data), name
+        told = post(space, name, data)
+        assert "event: error" in told, name
+        assert "no longer here" not in told  # nor does it say whether there is such a file
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", str(REPOSITORY / "spaces_demo" / "app.py"), "/proc/self/environ"])
