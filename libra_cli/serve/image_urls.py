@@ -7,12 +7,15 @@ Redirects come through the same door.
 """
 
 import asyncio
+import logging
 import socket
 from collections.abc import Collection
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urljoin, urlsplit
 
 import httpcore
+
+logger = logging.getLogger(__name__)
 
 MAX_REDIRECTS = 3
 
@@ -28,7 +31,8 @@ async def download_image(url: str, allowed_hosts: Collection[str], max_bytes: in
 
     Args:
         url (`str`): begins with `http://` or `https://`.
-        allowed_hosts (`Collection` of `str`): hosts, `name` or `name:port`, that may have addresses of any kind.
+        allowed_hosts (`Collection` of `str`): hosts, `name` or `name:port` as in URLs (IPv6 in brackets), that may have
+            addresses of any kind.
         max_bytes (`int`): most bytes.
         timeout (`float`): seconds for everything, redirects included.
 
@@ -105,14 +109,19 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
 
     async def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
         addresses = await resolve(host, port)
-        if not {host.lower(), f"{host.lower()}:{port}"} & self.allowed_hosts:
+        if not self._is_allowed(host.lower().strip("[]"), port):
             for address in addresses:
                 if not is_public(address):
+                    # Not to the client: what names mean inside is the operator's.
+                    logger.warning("Refused an image: %s has the address %s, which is not public.", host, address)
                     raise ValueError(
-                        f"The image host {host} has the address {address}, which is not public; this server downloads "
-                        "from public addresses only."
+                        f"The image host {host} is not public; this server downloads from public addresses only."
                     )
         return await self.backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+
+    def _is_allowed(self, host: str, port: int) -> bool:
+        forms = {host, f"{host}:{port}", f"[{host}]", f"[{host}]:{port}"}
+        return not forms.isdisjoint(self.allowed_hosts)
 
     async def sleep(self, seconds):
         await self.backend.sleep(seconds)

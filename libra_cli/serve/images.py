@@ -1,9 +1,9 @@
-"""Images of a request: data URIs and URLs become bytes that were seen to be an image within the limits."""
+"""Images of a request: data URIs and URLs become pictures that are within the limits, and no larger than is of use."""
 
 import asyncio
 import base64
-import binascii
 from collections.abc import Collection
+from concurrent.futures import Executor
 from io import BytesIO
 
 from PIL import Image
@@ -16,6 +16,9 @@ from .limits import ServeLimits
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")
 """Formats of images: what browsers show. PIL reads many more, some by starting other programs."""
 
+SHRUNK_FIRST = ("L", "LA", "RGB", "RGBA")
+"""Modes whose pixels can be averaged as they are. Made upright and opaque first, they take six times their memory."""
+
 
 class ImageReader:
     """
@@ -23,31 +26,34 @@ class ImageReader:
 
     Args:
         limits ([`ServeLimits`]): of images.
-        allowed_hosts (`Collection` of `str`): hosts, `name` or `name:port`, that need not be public.
+        max_side (`int`): longest side of what is handed on; larger images are shrunk to it. The processor pads every
+            image of a request to a square, and holds all of these at once.
+        worker (`Executor`): decodes, one image at a time: an image takes much more memory than its file.
+        allowed_hosts (`Collection` of `str`, *optional*, defaults to none): hosts, `name` or `name:port`, that need not
+            be public.
     """
 
-    def __init__(self, limits: ServeLimits, allowed_hosts: Collection[str] = ()):
+    def __init__(self, limits: ServeLimits, max_side: int, worker: Executor, allowed_hosts: Collection[str] = ()):
         self.limits = limits
+        self.max_side = max_side
+        self.worker = worker
         self.allowed_hosts = frozenset(allowed_hosts)
-        self._decoding = asyncio.Lock()  # an image takes much more memory than its file: one at a time
 
-    async def read(self, url: str) -> str:
+    async def read(self, url: str) -> Image.Image:
         """
-        A checked copy of an image.
+        The image behind a URL.
 
         Args:
             url (`str`): a base64 data URI, or an http(s) URL.
 
         Returns:
-            `str`: a base64 data URI.
+            `PIL.Image.Image`: upright, RGB, at most `max_side` pixels on a side.
 
         Raises:
             ValueError: if it is neither, or the image is not to be had, not within the limits, or broken.
         """
         data = self._bytes_of(url) if url.startswith("data:") else await self._download(url)
-        async with self._decoding:
-            await asyncio.to_thread(self._check, data)
-        return "data:image/png;base64," + base64.b64encode(data).decode()  # the type is read off the bytes anyway
+        return await asyncio.get_running_loop().run_in_executor(self.worker, self._decode, data)
 
     async def _download(self, url: str) -> bytes:
         return await download_image(url, self.allowed_hosts, self.limits.max_image_bytes, self.limits.image_timeout)
@@ -58,13 +64,13 @@ class ImageReader:
             raise ValueError(f"A data URI must begin with data:image/TYPE;base64, found {uri[:50]!r}.")
         try:
             data = base64.b64decode(text, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii's, or of characters beyond ASCII
             raise ValueError(f"The image is no valid base64 ({error}).") from error
         if len(data) > self.limits.max_image_bytes:
             raise ValueError(f"The image has {len(data)} bytes, the most is {self.limits.max_image_bytes}.")
         return data
 
-    def _check(self, data: bytes) -> None:
+    def _decode(self, data: bytes) -> Image.Image:
         """Reads an image as the model will, after a look at its size."""
         try:
             image = Image.open(BytesIO(data), formats=FORMATS)
@@ -74,4 +80,14 @@ class ImageReader:
             raise ValueError(
                 f"The image has {image.width} x {image.height} pixels, the most is {self.limits.max_image_pixels} in all."
             )
-        read_image(image)
+        if image.mode in SHRUNK_FIRST and "transparency" not in image.info:
+            self._shrink(image)
+        picture = read_image(image)
+        self._shrink(picture)
+        return picture
+
+    def _shrink(self, image: Image.Image) -> None:
+        try:
+            image.thumbnail((self.max_side, self.max_side))
+        except Exception as error:  # this decodes
+            raise ValueError(f"The image data is broken or cut short ({error}).") from error

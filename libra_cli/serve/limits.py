@@ -20,6 +20,7 @@ class ServeLimits:
     max_requests: int = _limit(16, "requests at a time; answers are generated one after the other")
     max_tokens: int = _limit(1024, "tokens of an answer, also of one that asks for no number")
     max_body_bytes: int = _limit(32 * 2**20, "bytes of a request, base64 images included")
+    max_parts: int = _limit(1000, "messages in a request, each counted by the parts of its content")
     max_text: int = _limit(200_000, "characters of text in a request")
     max_images: int = _limit(8, "images in a request")
     max_image_bytes: int = _limit(10 * 2**20, "bytes of an image file")

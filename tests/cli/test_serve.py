@@ -3,12 +3,16 @@
 import base64
 import io
 import json
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -18,7 +22,7 @@ from tests.conftest import REPOSITORY
 
 QUESTION = "What is in the image?\nAnswer the question using a single word or phrase."
 AIRPLANE = (REPOSITORY / "samples" / "airplane.png").read_bytes()
-LIMITS = {"max-images": 2, "max-image-bytes": 100_000, "max-image-pixels": 250_000, "max-body-bytes": 400_000}
+LIMITS = {"max-images": 8, "max-image-bytes": 100_000, "max-body-bytes": 400_000, "max-parts": 20}
 
 
 class Files(BaseHTTPRequestHandler):
@@ -69,8 +73,8 @@ def files():
 
 
 @pytest.fixture(scope="module")
-def address(files, tmp_path_factory):
-    """Where a server of libra-tiny listens."""
+def server(files, tmp_path_factory):
+    """A server of libra-tiny: where it listens, its log, and its process."""
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     limits = [text for name, value in LIMITS.items() for text in (f"--{name}", str(value))]
     allowed = ["--allow-image-host", files.removeprefix("http://"), "--image-timeout", "5"]
@@ -83,9 +87,14 @@ def address(files, tmp_path_factory):
     ):
         line = process.stdout.readline()
         assert line.startswith("Serving libra-tiny at http://127.0.0.1:"), log.read_text()
-        yield line.split()[-1]
+        yield SimpleNamespace(address=line.split()[-1], log=log, pid=process.pid)
         process.terminate()
         assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    return server.address
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +132,20 @@ def refusal(call, *arguments, status=400, **options) -> str:
     return caught.value.body["message"]
 
 
+def post(address: str, text: str) -> tuple[int, dict]:
+    """Status and body of the answer to a chat request that no client library would send."""
+    connection = HTTPConnection(address.split("/")[2])
+    connection.request("POST", "/v1/chat/completions", text)
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer
+
+
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["libra-tiny"]
+    assert client.models.retrieve("libra-tiny").id == "libra-tiny"
+    assert "not 'libra/huge'" in refusal(client.models.retrieve, "libra/huge", status=404)
 
 
 def test_image_in_the_request(client):
@@ -183,6 +204,139 @@ def test_max_tokens_and_sampling(client):
     assert ask(client, data_uri(AIRPLANE), temperature=0).choices[0].message.content.strip() == "airplane"
 
 
+def test_the_last_token_may_be_the_end(client):
+    whole = ask(client, data_uri(AIRPLANE))
+    length = whole.usage.completion_tokens  # the end is one of them
+    for max_tokens, reason in ((length, "stop"), (length - 1, "length")):
+        answer = ask(client, data_uri(AIRPLANE), max_tokens=max_tokens)
+        assert answer.choices[0].finish_reason == reason
+        assert answer.choices[0].message.content == whole.choices[0].message.content
+        chunks = list(ask(client, data_uri(AIRPLANE), max_tokens=max_tokens, stream=True))
+        assert chunks[-1].choices[0].finish_reason == reason
+
+
+@pytest.mark.parametrize("stop", ["plane", ["horse", "lane", "plan"], ["planet", "plane"]])
+def test_texts_to_stop_at_are_left_out(client, stop):
+    answer = ask(client, data_uri(AIRPLANE), stop=stop)
+    assert answer.choices[0].message.content.strip() == "air"
+    assert answer.choices[0].finish_reason == "stop"
+    chunks = list(ask(client, data_uri(AIRPLANE), stop=stop, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip() == "air"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_beginnings_of_texts_to_stop_at_are_kept(client):
+    chunks = list(ask(client, data_uri(AIRPLANE), stop=["planet", "airplanes", "nest"], stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip() == "airplane"
+
+
+def test_usage_of_a_stream(client):
+    usage = ask(client, data_uri(AIRPLANE)).usage
+    *chunks, last = ask(client, data_uri(AIRPLANE), stream=True, stream_options={"include_usage": True})
+    assert (last.choices, last.usage.total_tokens) == ([], usage.total_tokens)
+    assert all(chunk.choices and chunk.usage is None for chunk in chunks)
+    assert all(chunk.choices for chunk in ask(client, data_uri(AIRPLANE), stream=True))
+
+
+def test_options_that_ask_for_nothing(client):
+    answer = ask(
+        client,
+        data_uri(AIRPLANE),
+        n=1,
+        presence_penalty=0,
+        frequency_penalty=0,
+        logit_bias={},
+        logprobs=False,
+        tools=[],
+        tool_choice="none",
+        response_format={"type": "text"},
+        stop=[],
+        user="somebody",
+        metadata={"run": "1"},
+        store=False,
+    )
+    assert answer.choices[0].message.content.strip() == "airplane"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"n": 2},
+        {"logprobs": True},
+        {"presence_penalty": 1},
+        {"logit_bias": {"5": 1}},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"response_format": {"type": "json_object"}},
+        {"stop": ["a", "b", "c", "d", "e"]},
+        {"stop": [""]},
+        {"stream_options": {"include_usage": "yes"}},
+    ],
+)
+def test_options_that_are_not_done_are_named(client, option):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, data_uri(AIRPLANE), **option)
+    assert caught.value.param == next(iter(option))
+
+
+def test_messages_of_other_clients(client):
+    def create(*turns):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return client.chat.completions.create(model="libra-tiny", messages=messages, max_tokens=3)
+
+    question = ("user", "Is there a horse?")
+    answers = [create((role, "Be brief."), question) for role in ("system", "developer")]
+    assert answers[0].usage == answers[1].usage
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+    answers = [create(question, ("assistant", text), question) for text in ("", None)]
+    assert answers[0].usage == answers[1].usage
+    assert "must be a text" in refusal(create, ("user", None))
+
+
+def test_the_same_seed_gives_the_same_answer_among_other_clients(client):
+    def run(seed):
+        options = {"temperature": 2, "max_tokens": 12} | ({} if seed is None else {"seed": seed})
+        return ask(client, **options).choices[0].message.content  # without an image: it may be anything
+
+    seeds = [1, 2, 3, 4]
+    alone = [run(seed) for seed in seeds]
+    assert len(set(alone)) > 1
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(run, [seed for each in seeds for seed in (each, None)]))
+    assert together[::2] == alone
+    assert len({(run(1), run(None))[1] for _ in range(5)}) > 1  # nobody's seed decides the next answer
+
+
+def test_temperatures_next_to_zero(client, address):
+    for temperature in (1e-40, 1e-3):
+        assert ask(client, data_uri(AIRPLANE), temperature=temperature).choices[0].message.content.strip() == "airplane"
+        chunks = ask(client, data_uri(AIRPLANE), temperature=temperature, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip() == "airplane"
+    for value in ("NaN", "Infinity", '"\\ud800"'):
+        status, answer = post(address, f'{{"messages": [{{"role": "user", "content": "x"}}], "temperature": {value}}}')
+        assert status == 400
+        assert "temperature must be a number from 0 to 2" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": [{"role": "user", "content": "a \ud800"}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]}, "messages[0].content[0]"),
+        (
+            {"messages": [{"role": "user", "content": content("data:image/png;base64,\ud800")}]},
+            "messages[0].content[0]",
+        ),
+        ({"messages": [{"role": "user", "content": content("http://\ud800/")}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "\ud800", "content": "x"}]}, "messages[0]"),
+        ({"stop": "\ud800"}, "stop"),
+        ({"\ud800": 1}, "\\ud800"),
+    ],
+)
+def test_half_characters(address, change, param):
+    status, answer = post(address, json.dumps({"messages": [{"role": "user", "content": "x"}]} | change))
+    assert (status, answer["error"]["param"]) == (400, param), answer
+
+
 @pytest.mark.parametrize(
     "url", ["/etc/hostname", "samples/airplane.png", "file:///etc/hostname", "ftp://example.org/a.png", "iVBORw0KGgo="]
 )
@@ -195,8 +349,16 @@ def test_private_addresses_are_not_asked(client, host):
     assert "not public" in refusal(ask, client, f"http://{host}/image.png")
 
 
+def test_what_a_name_means_inside_is_for_the_log(client, server):
+    message = refusal(ask, client, "http://localhost/image.png")
+    assert "localhost is not public" in message
+    assert "127.0.0.1" not in message
+    assert "::1" not in message
+    assert "localhost has the address 127.0.0.1" in server.log.read_text()
+
+
 def test_redirects_lead_nowhere_else(client, files):
-    assert "127.0.0.2, which is not public" in refusal(ask, client, files + "/away")
+    assert "127.0.0.2 is not public" in refusal(ask, client, files + "/away")
     assert "must be an http(s) URL" in refusal(ask, client, files + "/file")
     assert "more than 3 redirects" in refusal(ask, client, files + "/round")
 
@@ -209,7 +371,9 @@ def test_downloads_that_fail(client, files):
 
 def test_limits_of_images(client):
     small = data_uri(png(8, 8))
-    assert "3 images, the most is 2" in refusal(ask, client, small, small, small)
+    assert "9 images, the most is 8" in refusal(ask, client, *[small] * 9)
+    # known without a look at them: these are none
+    assert "8 images of 66 tokens each, but the context" in refusal(ask, client, *["data:image/png;base64,"] * 8)
     bomb = png(50_000, 50_000)
     assert len(bomb) > LIMITS["max-image-bytes"]
     assert "bytes, the most is" in refusal(ask, client, data_uri(bomb[:150_000]))
@@ -218,6 +382,27 @@ def test_limits_of_images(client):
     file = io.BytesIO()
     noise.save(file, "BMP")
     assert "more than 400000 bytes" in refusal(ask, client, data_uri(file.getvalue()), status=413)
+
+
+def test_large_images_hold_nobody_up(client, server):
+    """Six images of 40 million pixels; padded to squares as they are, they would take 2.6 GB."""
+    host, slowest = server.address.split("/")[2], 0.0
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, client, *[data_uri(png(12_000, 3_333))] * 6)
+        while not answer.done():
+            start = time.monotonic()
+            connection = HTTPConnection(host)
+            connection.request("GET", "/health")
+            assert connection.getresponse().status == 200
+            connection.close()
+            slowest = max(slowest, time.monotonic() - start)
+            time.sleep(0.05)
+    assert answer.result().usage.prompt_tokens > 6 * 66
+    assert slowest < 4
+    status = Path(f"/proc/{server.pid}/status")
+    if status.exists():  # Linux
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        assert int(peak.split()[1]) < 2_000_000, peak  # kB
 
 
 def test_broken_images(client):
@@ -251,7 +436,11 @@ def test_wrong_requests(client):
     assert "temperature must be" in refusal(ask, client, temperature=7)
     extra = {"generation_config": '{"num_beams": 1000}'}
     assert "does not do 'generation_config'" in refusal(ask, client, extra_body=extra)
-    assert "'stop'" in refusal(ask, client, stop="x")
+    many = [{"role": "user", "content": ""}] * 5000
+    assert "5000 parts, the most is 20" in refusal(create, model="libra-tiny", messages=many)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = [*hello, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert "messages[1] calls a tool" in refusal(create, model="libra-tiny", messages=called)
 
 
 def test_no_json_and_no_other_routes(address):
@@ -272,3 +461,12 @@ def test_no_json_and_no_other_routes(address):
         assert response.status == status, (method, path, answer)
         assert status == 200 or answer["error"]["message"]
         connection.close()
+
+
+def test_hanging_up_in_the_middle_of_a_request(server):
+    host, port = server.address.split("/")[2].split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        time.sleep(0.5)  # it is being read
+    time.sleep(0.5)
+    assert "ClientDisconnect" not in server.log.read_text()
