@@ -24,7 +24,7 @@ from libra_cli.quantization import NOT_QUANTIZED
 from modeling_libra import LibraConfig, LibraForCausalLM
 from processing.configuration_libra_image_tokenizer import LibraImageTokenizerConfig
 
-from .memory import FOUR_BITS, GB, image_tokenizer_bytes
+from .memory import FOUR_BITS, image_tokenizer_bytes
 
 FORMS = {"float32": 4, "bfloat16": 2, "int8": 2, "nf4": 2}
 """Forms of weights, and bytes of a number that is not quantized, of the cache and of activations."""
@@ -113,7 +113,7 @@ def inference_table(config: LibraConfig, tokenizer: LibraImageTokenizerConfig, c
         contexts (`Iterable` of `int`): tokens of a row, images included.
 
     Returns:
-        `str`: a table in Markdown, in units of 2^30 bytes.
+        `str`: a table in Markdown, in units of 10^9 bytes, as model cards have them.
     """
     images = image_tokenizer_bytes(tokenizer)
     lines = [
@@ -124,7 +124,7 @@ def inference_table(config: LibraConfig, tokenizer: LibraImageTokenizerConfig, c
         weights = weight_bytes(config, form)
         for tokens in contexts:
             parts = [weights, images, cache_bytes(config, form, tokens), prefill_bytes(config, form, tokens)]
-            cells = " | ".join(f"{part / GB:.2f}" for part in (*parts, sum(parts)))
+            cells = " | ".join(f"{part / 1e9:.2f}" for part in (*parts, sum(parts)))
             lines.append(f"| {form} | {tokens} | {cells} |")
     return "\n".join(lines)
 

@@ -56,9 +56,12 @@ class StageParser(TrlParser):
         super().__init__(
             dataclass_types, prog=f"libra train {stage}", usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
         )
-        for action in self._actions:
-            if action.type is dict:
-                action.type = _mapping
+
+    def add_argument(self, *names, **options):
+        """Adds an option; one that is a mapping is read as YAML."""
+        if options.get("type") is dict:
+            options["type"] = _mapping
+        return super().add_argument(*names, **options)
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple[Any, ...]:
         """

@@ -118,7 +118,7 @@ class _Speaker(BaseStreamer):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: list[str], say: Callable[[str], None]):
-        self.tokenizer = tokenizer._tokenizer
+        self.tokenizer = tokenizer.backend_tokenizer
         self.decoder = DecodeStream([], skip_special_tokens=True)
         self.stop = stop
         self.say = say

@@ -38,7 +38,7 @@ def test_writes_a_figure(arguments, printed, tmp_path, capsys):
         (["complete", IMAGE, "--rows", "8", "--output", "a.png"], "--rows is 8, but an image of"),
         (["complete", "absent.png", "--rows", "1", "--output", "a.png"], "There is no image absent.png"),
         (["complete", IMAGE, "--rows", "1", "--beside", "x", "--output", "a.png"], "Expected LABEL=MODEL"),
-        (["draw", "a", "--temperature", "0", "--output", "a.png"], "temperature must be above 0"),
+        (["draw", "a", "--temperature", "0", "--output", "a.png"], "temperature must be at least 1e-06"),
         (["draw", "a", "--output", "a.svg"], "ends in .png"),
         (["reconstruct", IMAGE, "--output", "absent/a.png"], "There is no folder absent"),
         (["attention", IMAGE, "--heads", "--beside", f"b={TINY}", "--output", "a.png"], "leave out --beside"),

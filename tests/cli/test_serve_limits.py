@@ -283,7 +283,7 @@ def test_shrunk_images_are_upright():
 )
 def test_stops_over_the_borders_of_pieces(pieces, stop, expected):
     said: list[str] = []
-    speaker = _Speaker(SimpleNamespace(_tokenizer=None), stop, said.append)
+    speaker = _Speaker(SimpleNamespace(backend_tokenizer=None), stop, said.append)
     for piece in pieces:
         if not speaker.has_stopped.is_set():
             speaker._hear(piece)

@@ -122,11 +122,12 @@ def test_memory_is_counted(name):
     card = (ROOT / "hub_configs" / name / "README.md").read_text(encoding="utf-8")
     assert f"{weights / 1e9:.2f} billion parameters" in card
     for dtype, size in (("float32", 4), ("bfloat16, float16", 2)):
-        totals = [weights + images + length * a_token for length in (660, text.max_position_embeddings)]
-        cells = [f"{count * size / 1e9:.1f} GB" for count in (weights, images, *totals)]
+        lengths = (660, text.max_position_embeddings)
+        totals = [size * weights + 4 * images + size * length * a_token for length in lengths]
+        cells = [f"{count / 1e9:.1f} GB" for count in (size * weights, 4 * images, *totals)]
         assert f"| {dtype} | {' | '.join(cells)} |" in card
     for form, label in (("int8", "int8 (`libra quantize`)"), ("nf4", "nf4 (`libra quantize --to nf4`)")):
         stored = weight_bytes(config, form)
-        totals = [stored + 2 * (images + length * a_token) for length in (660, text.max_position_embeddings)]
-        cells = [f"{count / 1e9:.1f} GB" for count in (stored, 2 * images, *totals)]
+        totals = [stored + 4 * images + 2 * length * a_token for length in (660, text.max_position_embeddings)]
+        cells = [f"{count / 1e9:.1f} GB" for count in (stored, 4 * images, *totals)]
         assert f"| {label} | {' | '.join(cells)} |" in card

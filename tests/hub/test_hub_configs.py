@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, GenerationConfig
 
 from libra_cli.cards import model_card
 from libra_cli.export import AUTO_MAP, CUSTOM_PIPELINES
 from modeling_libra import LibraConfig
+from processing.chat_template_libra import CHAT_TEMPLATE
+from processing.configuration_libra_image_tokenizer import LibraImageTokenizerConfig
 
 HUB_CONFIGS = Path(__file__).resolve().parents[2] / "hub_configs"
 FOLDERS = sorted(path for path in HUB_CONFIGS.iterdir() if path.is_dir())
@@ -52,6 +54,27 @@ def test_the_11b_configuration_is_the_default(name):
         assert getattr(loaded.text_config, field) == getattr(default.text_config, field)
     generation = GenerationConfig.from_pretrained(HUB_CONFIGS / name)
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("name", ["libra-11b-base", "libra-11b-chat"])
+def test_the_parts_of_11b_that_are_there_load(name):
+    """All but weights and tokenizer, which are the authors' and Meta's."""
+    folder = str(HUB_CONFIGS / name)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert config.total_vocab_size == 32000 + 512**2 + 2
+    images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert images.crop_size["height"] == images.size["shortest_edge"] == 336
+    tokenizer = LibraImageTokenizerConfig.from_pretrained(folder, subfolder="image_tokenizer")
+    default = LibraImageTokenizerConfig().to_dict()
+    found = tokenizer.to_dict()
+    assert {key: found[key] for key in default if key != "vision_config"} == {
+        key: default[key] for key in default if key != "vision_config"
+    }
+    assert tokenizer.vision_config.num_hidden_layers == 24
+    wanted = json.loads((Path(folder) / "processor_config.json").read_text(encoding="utf-8"))
+    assert wanted["text_vocab_size"] == config.text_vocab_size
+    assert ("caption_prompt" in wanted) == (name == "libra-11b-chat")
+    assert (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize("name", ["libra-11b-base", "libra-11b-chat"])

@@ -58,10 +58,8 @@ INTERNAL = {
     "transformers.trainer_utils.rotate_checkpoints": "removing old checkpoints",
     "transformers.utils.strtobool": "a flag of the command line",
     # transformers: its server
-    "transformers.cli.serving.chat_completion.ChatCompletionHandler": "answers in the form of OpenAI's API",
-    "transformers.cli.serving.utils.GenerateManager": "the thread that generates",
-    "transformers.cli.serving.utils.GenerationState": "which of them answers; here there is one",
-    "transformers.cli.serving.utils.Modality": "that the model reads images",
+    "transformers.cli.serving.utils.InferenceThread": "the thread that generates",
+    "transformers.generation.streamers.BaseStreamer": "gets the ids as they are generated",
     # others
     "accelerate.data_loader.prepare_data_loader": "a stream that is split by us, not by the dispatcher",
     "accelerate.utils.gather_object": "numbers of all processes",

@@ -480,3 +480,9 @@ def test_a_vocabulary_larger_than_the_tokenizer(release):
     assert processor.image_token_id == 360
     assert ids[1] == processor.boi_token_id == 384 + 512 * 512
     assert processor.decode(ids, skip_special_tokens=True) == "<image>\n"
+
+
+def test_halves_of_letters_are_refused(processor):
+    """What a terminal makes of bytes that are no UTF-8."""
+    with pytest.raises(ValueError, match=r"Row 1: the text holds .*half of a letter"):
+        processor(text=["fine", "caf\udce9"])

@@ -140,7 +140,7 @@ def test_drawings_are_samples_of_the_model(toy):
     ids = model.generate(**inputs, max_new_tokens=processor.num_image_tokens - 1, do_sample=False)
     greedy = processor.post_process_multimodal_output(ids, generation_mode="image")
     assert [image.tobytes() for image in cold] == [image.tobytes() for image in greedy]
-    with pytest.raises(ValueError, match="temperature must be above 0, found 0"):
+    with pytest.raises(ValueError, match="temperature must be at least 1e-06, found 0"):
         draw_captions(model, processor, captions, 0)
 
 

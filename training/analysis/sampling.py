@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
+LOWEST_TEMPERATURE = 1e-6
+"""Below it, differences of scores would exceed what numbers can hold; top_k=1 takes the likeliest code."""
+
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """
@@ -20,8 +23,8 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     Raises:
         ValueError: naming the argument, see [`sample_codes`].
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, found {temperature}.")
+    if not LOWEST_TEMPERATURE <= temperature < float("inf"):  # also if it is no number
+        raise ValueError(f"temperature must be at least {LOWEST_TEMPERATURE}, found {temperature}.")
     if top_k < 0:
         raise ValueError(f"top_k must be at least 1, or 0 for all codes; found {top_k}.")
     if not 0 < top_p <= 1:
@@ -40,7 +43,7 @@ def sample_codes(
 
     Args:
         logits (`torch.Tensor` of shape `(rows, codebooks, codebook_size)`): of the vision heads.
-        temperature (`float`, *optional*, defaults to 1.0): divides them; above 0.
+        temperature (`float`, *optional*, defaults to 1.0): divides them; at least `LOWEST_TEMPERATURE`.
         top_k (`int`, *optional*, defaults to 0): sample from this many of the most probable combinations; 0 is all.
         top_p (`float`, *optional*, defaults to 1.0): and from the fewest of these whose probabilities sum to at least it.
         generator (`torch.Generator`, *optional*): where chance comes from.

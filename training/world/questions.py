@@ -24,6 +24,10 @@ LETTERS = "ABCD"
 """Letters of the options."""
 
 
+KINDS_THAT_NAME = ("choice", "exists", "exists_zh", "place")
+"""Kinds of questions that name a thing, which the model has to look for."""
+
+
 @dataclass(frozen=True)
 class Question:
     """
