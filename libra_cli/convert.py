@@ -83,7 +83,7 @@ def convert_release(
     )
     config.architectures = [type(model).__name__]
     generation_config = load_generation_config(src) or model.generation_config
-    card = card or model_card(Path(dst).name, license="llama2")
+    card = card or model_card(Path(dst).resolve().name, license="llama2")
     with new_folder(dst) as folder:
         write_repo_files(folder, config, generation_config, processor, card)
         write_weights(shards, folder)

@@ -9,6 +9,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import modeling_libra
 import processing
 from modeling_libra import LibraConfig, LibraForCausalLM
+from processing.configuration_libra_image_tokenizer import LibraImageTokenizerConfig
 from processing.processing_libra import LibraProcessor
 
 from .adapters import is_adapter
 from .cards import model_card
-from .loading import load_libra
+from .loading import check_not_quantized, find_file, load_libra
+from .weights import read_json
 
 MODEL_CLASS = "modeling_libra.LibraForCausalLM"
 PIPELINE_CLASS = "pipeline_libra.LibraImageToTextPipeline"
@@ -59,6 +63,16 @@ CONFIGURATIONS = (
     f"{IMAGE_TOKENIZER_FOLDER}/config.json",
 )
 
+AUTO_MAPS: dict[str, dict[str, Any]] = {
+    "config.json": {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES},
+    f"{IMAGE_TOKENIZER_FOLDER}/config.json": {"auto_map": IMAGE_TOKENIZER_AUTO_MAP},
+    "processor_config.json": {
+        "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
+        "image_processor.auto_map": {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]},
+    },
+}
+"""What of the configurations names code, by file and the way to the field."""
+
 SHARD_SIZE = "5GB"
 """Largest weights file, unless the caller says otherwise: quick to send again when a transfer breaks."""
 
@@ -79,10 +93,33 @@ def remote_code_files() -> list[Path]:
     return sorted(files, key=lambda file: file.name)
 
 
+def code_references(content: Any, way: str = "") -> dict[str, Any]:
+    """
+    All that names code in a configuration, as deep as it lies.
+
+    Args:
+        content: of the configuration's file.
+        way (`str`, *optional*): to it, for the keys of the result.
+
+    Returns:
+        `dict`: way to the field -> what is in it, as in `AUTO_MAPS`.
+    """
+    if not isinstance(content, dict):
+        return {}
+    found = {}
+    for name, value in content.items():
+        if name in ("auto_map", "custom_pipelines"):
+            found[way + name] = value
+        else:
+            found |= code_references(value, f"{way}{name}.")
+    return found
+
+
 @contextmanager
 def new_folder(destination: str | os.PathLike) -> Iterator[Path]:
     """
-    A folder that appears whole or not at all: written under a temporary name beside its destination, then renamed.
+    A folder that appears whole or not at all: written under a temporary name beside its destination, then renamed. An empty
+    folder that is there is filled and stays the same one: a shell may be in it.
 
     Args:
         destination (`str` or `os.PathLike`): must not exist, or be an empty folder.
@@ -93,15 +130,18 @@ def new_folder(destination: str | os.PathLike) -> Iterator[Path]:
     Raises:
         ValueError: if something is at the destination already.
     """
-    destination = Path(destination)
+    destination = Path(destination).resolve()  # "." has neither name nor parent
     check_destination(destination)
     staging = destination.parent / f".{destination.name}.partial-{os.getpid()}"
     staging.mkdir(parents=True)
     try:
         yield staging
         if destination.exists():
-            destination.rmdir()
-        staging.rename(destination)
+            for path in staging.iterdir():
+                shutil.move(path, destination)  # the folder may be a mount, where nothing is renamed to
+            staging.rmdir()
+        else:
+            staging.rename(destination)
     except BaseException:
         shutil.rmtree(staging)
         raise
@@ -126,9 +166,10 @@ def check_shard_size(size: str) -> None:
     Refuses what is no size of a file.
 
     Raises:
-        ValueError: if it is not a number of bytes with a unit, such as `5GB`, or is zero.
+        ValueError: if it is not a number of bytes with a unit, such as `5GB` or `0.5GB`, or is zero.
     """
-    if not re.fullmatch(r"[1-9]\d*(\.\d+)?(KB|MB|GB|TB)", size.upper()):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB|TB)", size.upper())
+    if match is None or float(match[1]) * 1000 < 1:  # a byte at least
         raise ValueError(f"The largest weights file is {size!r}; expected a number with KB, MB or GB, such as 5GB.")
 
 
@@ -163,26 +204,42 @@ def write_repo_files(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_code(folder: str | os.PathLike) -> None:
+def write_code(folder: str | os.PathLike) -> list[str]:
     """
     Puts the code, as it is installed, into a repository, and names its classes in the configurations.
 
     Args:
         folder (`str` or `os.PathLike`): has the configurations of model, processor, tokenizer and image tokenizer. Code
-            that is there already is replaced.
+            that is there already is replaced; other source files are kept, the user's own among them.
+
+    Returns:
+        `list` of `str`: names of the source files that are not of this version.
 
     Raises:
-        ValueError: if one of the configurations is missing.
+        ValueError: if one of the configurations is missing, broken or of another model. Nothing is written then.
     """
     folder = Path(folder)
+    _check_configurations(folder)
+    _write_auto_maps(folder)
+    files = remote_code_files()
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return sorted({file.name for file in folder.glob("*.py")} - {file.name for file in files})
+
+
+def _check_configurations(folder: Path) -> None:
     absent = [name for name in CONFIGURATIONS if not (folder / name).is_file()]
     if absent:
         raise ValueError(f"{folder} is not a whole Libra repository: it has no {', '.join(absent)}.")
-    _write_auto_maps(folder)
-    for file in folder.glob("*.py"):
-        file.unlink()
-    for file in remote_code_files():
-        shutil.copyfile(file, folder / file.name)
+    contents = {name: read_json(folder / name) for name in CONFIGURATIONS}
+    for name, config in (("", LibraConfig), (f"{IMAGE_TOKENIZER_FOLDER}/", LibraImageTokenizerConfig)):
+        found = contents[f"{name}config.json"].get("model_type")
+        if found != config.model_type:
+            raise ValueError(
+                f"{folder / name}config.json is of a model of type {found!r}; expected {config.model_type!r}."
+            )
+    if not isinstance(contents["processor_config.json"].get("image_processor"), dict):
+        raise ValueError(f"{folder / 'processor_config.json'} has no image_processor.")
 
 
 def save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str = SHARD_SIZE) -> None:
@@ -245,7 +302,7 @@ def export_repo(
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         else:
             save_weights(model, folder, weights_dtype, max_shard_size)
-        card = card or model_card(Path(dst).name)
+        card = card or model_card(Path(dst).resolve().name)
         write_repo_files(folder, model.config, model.generation_config, processor, card, weights_dtype, max_shard_size)
     return Path(dst)
 
@@ -262,7 +319,8 @@ def export_folder(
     Writes a complete repository for the Hub from a folder with weights and configurations.
 
     Args:
-        src (`str` or `os.PathLike`): what `save_pretrained` of model and processor wrote, or of an adapter and processor.
+        src (`str` or `os.PathLike`):
+            What `save_pretrained` of model and processor wrote, or of an adapter and processor; or a Hub id.
         dst, weights_dtype, max_shard_size: as in [`export_repo`].
         card (`str`, *optional*): the model card; by default the `README.md` of `src`, or else a minimal one;
             that of an adapter is not taken, since the result is none.
@@ -273,31 +331,51 @@ def export_folder(
         `Path`: the folder.
 
     Raises:
-        ValueError: as in [`export_repo`], and if `src` is not whole.
+        ValueError: as in [`export_repo`], and if `src` is not whole, or is quantized.
     """
     check_destination(dst)
     check_shard_size(max_shard_size)
+    if not is_adapter(src):
+        check_not_quantized(src)
+        card = card_of(src) if card is None else card
     model, processor = load_libra(src)
     if caption_prompt is not None:
         processor.caption_prompt = caption_prompt
-    present_card = Path(src) / "README.md"
-    if card is None and present_card.is_file() and not is_adapter(src):
-        card = present_card.read_text(encoding="utf-8")
     return export_repo(model, processor, dst, card, weights_dtype, max_shard_size)
+
+
+def card_of(path: str | os.PathLike) -> str | None:
+    """
+    The model card of a repository.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder, or the id of a repository on the Hub.
+
+    Returns:
+        `str`, or None if there is none, as [`find_file`] finds it.
+
+    Raises:
+        ValueError: if it is no text in UTF-8.
+    """
+    file = find_file(path, "README.md")
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error}.") from error
 
 
 def _write_auto_maps(folder: Path) -> None:
     """Names the classes in the configurations, which is how the Auto classes find the code."""
-    with _edited_json(folder / "config.json") as content:
-        content |= {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
-    with _edited_json(folder / IMAGE_TOKENIZER_FOLDER / "config.json") as content:
-        content["auto_map"] = IMAGE_TOKENIZER_AUTO_MAP
-    with _edited_json(folder / "processor_config.json") as content:
-        content["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-        content["image_processor"]["auto_map"] = {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}
+    for name, fields in AUTO_MAPS.items():
+        with _edited_json(folder / name) as content:
+            for way, value in fields.items():
+                *outer, field = way.split(".")
+                reduce(getitem, outer, content)[field] = value
     with _edited_json(folder / "tokenizer_config.json") as content:
-        for where_loaded_from in ("is_local", "local_files_only"):
-            content.pop(where_loaded_from, None)
+        for name in ("auto_map", "is_local", "local_files_only"):  # of code elsewhere, of where it was loaded from
+            content.pop(name, None)
 
 
 @contextmanager

@@ -1,19 +1,26 @@
 """Loading a model and its processor with the installed classes, whole or not at all."""
 
 import os
+import re
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
+from transformers.utils import cached_file
 
 from modeling_libra import LibraConfig, LibraForCausalLM
-from processing.processing_libra import LibraProcessor
+from processing.processing_libra import HUB_OPTIONS, LibraProcessor
 
 from .adapters import base_model, dequantized, is_adapter, merge_adapter, quantization_of
-from .weights import check_fit, check_weight_files, is_finite, read_json, some
+from .weights import INDEX, SINGLE, check_fit, check_weight_files, is_finite, read_json, read_shapes, some
 
 MODEL_VARIABLE = "LIBRA_MODEL"
 """Environment variable that names the default model."""
@@ -34,6 +41,9 @@ KNOWN_TO_TRANSFORMERS = {
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """What the text tokenizer may be stored in."""
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Ids that configurations name."""
 
 
 def default_model() -> str:
@@ -97,10 +107,11 @@ def load_model(path: str | os.PathLike, **kwargs: Any) -> LibraForCausalLM:
         ValueError, OSError: as in [`load_libra`].
     """
     check_path(path)
-    if Path(path).is_dir():
-        check_configuration(Path(path))
-        _check_weights(Path(path))
     try:
+        if Path(path).is_dir():
+            check_model(Path(path))
+        else:
+            _check_model_of_hub(str(path), **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
         model, report = LibraForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     except OSError as error:
         raise OSError(f"No model could be loaded from {str(path)!r}: {error}") from error
@@ -129,12 +140,22 @@ def load_processor(path: str | os.PathLike) -> LibraProcessor:
         check_processor_files(Path(path))
     try:
         processor = LibraProcessor.from_pretrained(path)
-        processor.apply_chat_template([{"role": "user", "content": []}])  # its template is compiled when it is used
+        _use_once(processor)
     except Exception as error:  # the readers of tokenizer.json and of weights raise errors of their own
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"No processor could be loaded from {str(path)!r}: {error}") from error
     check_finite(f"{path}/image_tokenizer", processor.image_tokenizer)
     return processor
+
+
+def _use_once(processor: LibraProcessor) -> None:
+    """What a processor never uses it does not look at: templates are compiled, and limits compared, when they are used."""
+    processor.apply_chat_template([{"role": "user", "content": []}])
+    processor(text="A", return_tensors="pt")
+    with np.errstate(all="ignore"):  # numpy would print a warning beside the error
+        pixels = processor.image_processor(Image.new("RGB", (2, 2)), return_tensors="pt")["pixel_values"]
+    if not pixels.isfinite().all():
+        raise ValueError("it makes NaN or infinite numbers of an image; see image_mean and image_std.")
 
 
 def _load_adapter(folder: str | os.PathLike, **kwargs: Any) -> tuple[LibraForCausalLM, LibraProcessor]:
@@ -164,12 +185,15 @@ def check_path(path: str | os.PathLike) -> None:
         raise ValueError(f"There is no folder {str(path)!r}, and it is no Hub id such as 'organization/name' either.")
 
 
-def check_configuration(folder: Path) -> None:
+def check_configuration(folder: Path) -> LibraConfig:
     """
     Refuses configurations that this version would misread: broken ones, those of other models, those of later versions.
 
     Args:
         folder (`Path`): holds `config.json`, and `generation_config.json` if there is one.
+
+    Returns:
+        [`LibraConfig`]: the configuration of the model.
 
     Raises:
         ValueError: naming the file, what is wrong in it and what was expected.
@@ -178,12 +202,7 @@ def check_configuration(folder: Path) -> None:
     content = read_json(file)
     if content.get("model_type") != LibraConfig.model_type:
         raise ValueError(f"{file} is of a model of type {content.get('model_type')!r}; expected 'libra'.")
-    written_by = str(content.get("transformers_version", "0"))
-    if int(written_by.split(".")[0]) > int(transformers_version.split(".")[0]):
-        raise ValueError(
-            f"{file} was written with transformers {written_by}, a later generation than the {transformers_version} "
-            "installed here, which may misread it. Upgrade transformers and this package."
-        )
+    _check_version(file, content.get("transformers_version", transformers_version))
     known = LibraConfig().to_dict().keys() | GenerationConfig().to_dict().keys() | KNOWN_TO_TRANSFORMERS
     unknown = sorted(content.keys() - known)
     if unknown:
@@ -191,13 +210,64 @@ def check_configuration(folder: Path) -> None:
             f"{file} has fields this version of Libra does not know: {', '.join(unknown)}. They may change what the model "
             "computes: upgrade, or remove them if they do not."
         )
+    with _named(file):
+        config = LibraConfig.from_pretrained(folder)
+        _check_ranges(config)
     file = folder / "generation_config.json"
     if file.is_file():
         read_json(file)
-        try:
-            GenerationConfig.from_pretrained(folder).validate(strict=True)
-        except Exception as error:  # a wrong type raises whatever a comparison does
-            raise ValueError(f"{file} cannot be used: {error}") from error
+        with _named(file):
+            generation_config = GenerationConfig.from_pretrained(folder)
+            generation_config.validate(strict=True)
+            _check_ids(generation_config, config.total_vocab_size)
+    return config
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Libraries raise anything at all on wrong values of a configuration; here that is one error, which names the file."""
+    try:
+        yield
+    except Exception as error:
+        says_all = isinstance(error, (ValueError, StrictDataclassError))
+        reason = str(error) if says_all else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} cannot be used: {reason}") from error
+
+
+def _check_version(file: Path, written_by: object) -> None:
+    """Compares the generation of transformers a configuration was written with to the installed one."""
+    if not isinstance(written_by, str) or not re.match(r"\d+(\.|$)", written_by):
+        raise ValueError(
+            f"{file} has transformers_version {written_by!r}; expected one such as {transformers_version}."
+        )
+    if int(written_by.split(".")[0]) > int(transformers_version.split(".")[0]):
+        raise ValueError(
+            f"{file} was written with transformers {written_by}, a later generation than the {transformers_version} "
+            "installed here, which may misread it. Upgrade transformers and this package."
+        )
+
+
+def _check_ranges(config: LibraConfig) -> None:
+    """Refuses numbers a language model is built with, and then computes nonsense."""
+    text = config.text_config
+    positive = {
+        "max_position_embeddings": text.max_position_embeddings,
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_theta": text.rope_parameters["rope_theta"],
+    }
+    for name, value in positive.items():
+        if not value > 0:  # nor NaN
+            raise ValueError(f"text_config.{name} must be greater than 0, found {value}.")
+    _check_ids(text, config.text_vocab_size)
+
+
+def _check_ids(config: Any, vocab_size: int) -> None:
+    """Refuses special ids outside of the vocabulary. -1 is none in configurations of old language models."""
+    for name in SPECIAL_IDS:
+        value = getattr(config, name)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not -1 <= one < vocab_size:
+                raise ValueError(f"{name} must be an id of the vocabulary, in [0, {vocab_size}), found {one}.")
 
 
 def check_processor_files(folder: Path) -> None:
@@ -219,17 +289,86 @@ def check_processor_files(folder: Path) -> None:
         raise ValueError(f"{folder} has no whole processor: it lacks {', '.join(absent)}.")
     for file in configurations:
         read_json(file)
+    file = folder / "tokenizer_config.json"
+    longest = read_json(file).get("model_max_length", 1) if file.is_file() else 1
+    if not isinstance(longest, (int, float)) or longest < 1:
+        raise ValueError(f"{file} has model_max_length {longest!r}; expected a number of tokens.")
     check_weight_files(image_tokenizer)
 
 
-def _check_weights(folder: Path) -> None:
-    config = LibraConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is not None:  # what is stored has other names and shapes
-        check_weight_files(folder)
-        return
-    with torch.device("meta"):
-        model = LibraForCausalLM(config)
-    check_fit(folder, model)
+def check_model(folder: Path) -> None:
+    """
+    Looks at a model before any of its weights is read: its configuration, and the headers of its weights files.
+
+    Args:
+        folder (`Path`): of one model.
+
+    Raises:
+        ValueError: as [`check_configuration`], or naming weights that are missing, unknown or of a wrong shape.
+    """
+    config = check_configuration(folder)
+    found = check_weight_files(folder)
+    model = _build_empty(folder, config, found.keys())
+    if getattr(config, "quantization_config", None) is None:  # else what is stored has other names and shapes
+        check_fit(folder, model)
+
+
+def _check_model_of_hub(repo_id: str, **kwargs: Any) -> None:
+    """As [`check_model`], of a repository on the Hub; fetches nothing that loading it would not fetch."""
+    folder = Path(str(cached_file(repo_id, "config.json", **kwargs))).parent  # of the cache
+    find_file(repo_id, "generation_config.json", **kwargs)  # comes to lie beside it
+    config = check_configuration(folder)
+    if single := find_file(repo_id, SINGLE, **kwargs):  # first, as transformers has it
+        _build_empty(folder, config, read_shapes(single).keys())
+    elif index := find_file(repo_id, INDEX, **kwargs):
+        _build_empty(folder, config, read_json(index).get("weight_map", {}).keys())
+
+
+def _build_empty(folder: Path, config: LibraConfig, names: Set[str]) -> LibraForCausalLM:
+    """The model of a configuration without its weights, whose names are given: a model larger than them is not built."""
+    file = folder / "config.json"
+    for part, count in (("layers", config.text_config.num_hidden_layers), ("codebooks", config.num_codebooks)):
+        if count > len(names):  # a million layers take minutes even without weights
+            raise ValueError(f"{file} is of a model with {count} {part}; there are only {len(names)} weights.")
+    with _named(file), torch.device("meta"):
+        return LibraForCausalLM(config)
+
+
+def find_file(path: str | os.PathLike, name: str, **kwargs: Any) -> Path | None:
+    """
+    A file of a repository, wherever that is.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder, or the id of a repository on the Hub.
+        name (`str`): of the file.
+        kwargs: passed to transformers' `cached_file`, for instance `revision`.
+
+    Returns:
+        `Path`: in the folder or in the cache; None if there is no such file, or it is not in the cache and the Hub is out
+            of reach.
+    """
+    try:
+        return Path(str(cached_file(path, name, **kwargs)))
+    except OSError:
+        return None
+
+
+def check_not_quantized(path: str | os.PathLike) -> None:
+    """
+    Refuses a model whose numbers are rounded already: neither can it be stored in another dtype, nor rounded again.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder, or the id of a repository on the Hub.
+
+    Raises:
+        ValueError: if it is quantized, or no model.
+    """
+    check_path(path)
+    file = find_file(path, "config.json")
+    if file is not None and read_json(file).get("quantization_config"):
+        raise ValueError(
+            f"{path} is quantized already (its config.json has a quantization_config); start from the model it was made of."
+        )
 
 
 def check_loaded(path: str | os.PathLike, report: dict[str, Any], may_hold_more: bool = False) -> None:

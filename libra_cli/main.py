@@ -75,11 +75,8 @@ def _add_caption(commands) -> None:
 def _run_caption(args: argparse.Namespace) -> None:
     _quiet_transformers()
     from .caption import caption_images
-    from .loading import default_model
 
-    texts = caption_images(
-        args.images, args.model or default_model(), args.prompt, args.max_new_tokens, args.batch_size
-    )
+    texts = caption_images(args.images, _model(args), args.prompt, args.max_new_tokens, args.batch_size)
     for image, text in zip(args.images, texts):
         print(json.dumps({"image": image, "text": text}, ensure_ascii=False) if args.json else f"{image}: {text}")
 
@@ -99,9 +96,9 @@ def _add_chat(commands) -> None:
 def _run_chat(args: argparse.Namespace) -> None:
     _quiet_transformers()
     from .chat import HELP, ChatSession, run_chat, typed_lines
-    from .loading import default_model, load_libra, to_accelerator
+    from .loading import load_libra, to_accelerator
 
-    model, processor = to_accelerator(*load_libra(args.model or default_model()))
+    model, processor = to_accelerator(*load_libra(_model(args)))
     session = ChatSession(model, processor, max_new_tokens=args.max_new_tokens)
     for image in args.image:
         session.add_image(image)
@@ -199,8 +196,10 @@ def _add_update_code(commands) -> None:
 def _run_update_code(args: argparse.Namespace) -> None:
     from .export import write_code
 
-    write_code(args.folder)
+    foreign = write_code(args.folder)
     print(f"Updated {args.folder}")
+    if foreign:
+        print(f"Left as they are, since they are not of this version of Libra: {', '.join(foreign)}", file=sys.stderr)
 
 
 TRAINING_STAGES = {
@@ -424,7 +423,7 @@ def _add_serve(commands) -> None:
     )
     _add_model_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--port", type=_port_or_free, default=8000, help="0 takes a free one (default: %(default)s)")
     parser.add_argument(
         "--allow-image-host", action="append", default=[], metavar="HOST[:PORT]", help="may be private; repeatable"
     )
@@ -439,13 +438,12 @@ def _add_serve(commands) -> None:
 
 
 def _run_serve(args: argparse.Namespace) -> None:
-    _need("Serving", "fastapi", "uvicorn", "openai", "httpcore", extra="serve")
+    _need("Serving", "fastapi", "uvicorn", "httpcore", extra="serve")
     _quiet_transformers()
-    from .loading import default_model
     from .serve.app import serve
 
     limits = ServeLimits(**{field.name: getattr(args, field.name) for field in fields(ServeLimits)})
-    serve(args.model or default_model(), args.host, args.port, limits, args.allow_image_host)
+    serve(_model(args), args.host, args.port, limits, args.allow_image_host)
 
 
 def _add_push(commands) -> None:
@@ -473,15 +471,14 @@ def _run_push(args: argparse.Namespace) -> None:
 def _add_demo(commands) -> None:
     parser = commands.add_parser("demo", help="open the model in the browser: chat, codes, drawing, attention")
     _add_model_argument(parser)
-    parser.add_argument("--port", type=_positive, help="where to listen (default: the first free one from 7860 on)")
+    parser.add_argument("--port", type=_port, help="where to listen (default: the first free one from 7860 on)")
     parser.set_defaults(run=_run_demo)
 
 
 def _run_demo(args: argparse.Namespace) -> None:
     from .demo import run_demo
-    from .loading import default_model
 
-    run_demo(args.model or default_model(), args.port)
+    run_demo(_model(args), args.port)
 
 
 def _add_bench(commands) -> None:
@@ -547,6 +544,17 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
     return value
+
+
+def _port(text: str) -> int:
+    value = _positive(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"must be at most 65535, found {value}")
+    return value
+
+
+def _port_or_free(text: str) -> int:
+    return 0 if text == "0" else _port(text)
 
 
 def _shape(text: str) -> Shape:

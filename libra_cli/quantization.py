@@ -10,18 +10,20 @@ What is left alone, and why, says [`NOT_QUANTIZED`].
 """
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from processing.processing_libra import LibraProcessor
-
 from .cards import model_card
-from .export import check_destination, new_folder, write_code
-from .loading import load_model
+from .export import IMAGE_TOKENIZER_FOLDER, card_of, check_destination, new_folder, write_repo_files
+from .loading import check_not_quantized, find_file, load_libra
+from .weights import INDEX, SINGLE, read_json
 
 NOT_QUANTIZED = ["lm_head", "vision_lm_head", r"model\.vision_model\.embedding", r".*_bridge_on_(vision|language)"]
 """
@@ -36,6 +38,15 @@ What keeps its dtype, as regular expressions; together 0.18 B of 11 B parameters
 
 The expert's low-rank pairs are two matrices of a quarter of the width (1024 at full size) and are quantized as any other.
 """
+
+KEPT_METADATA = ("license", "license_name", "license_link", "language")
+"""What of a card's metadata is true of the quantized model as well."""
+
+REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""What a model is called on the Hub."""
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What safetensors call them."""
 
 PACKAGES = {"int8": "torchao", "bnb-int8": "bitsandbytes", "nf4": "bitsandbytes"}
 """What each of the forms needs."""
@@ -88,17 +99,72 @@ def quantize_repo(src: str | os.PathLike, dst: str | os.PathLike, to: str, **kwa
         `Path`: the folder.
 
     Raises:
-        ValueError: as [`quantization_config`], [`load_model`] and [`check_destination`] do.
+        ValueError: as [`quantization_config`], [`load_libra`] and [`check_destination`] do, and if `src` is quantized
+            already.
     """
     config = quantization_config(to, kwargs.get("dtype") or torch.float32)
     check_destination(dst)
-    model = load_model(src, quantization_config=config, **kwargs)
-    processor = LibraProcessor.from_pretrained(src)
+    check_not_quantized(src)
+    card = quantized_card(src, Path(dst).resolve().name, to)
+    model, processor = load_libra(src, quantization_config=config, **kwargs)
     with new_folder(dst) as folder:
         model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_code(folder)
-        card = Path(src, "README.md")
-        text = card.read_text(encoding="utf-8") if card.is_file() else model_card(Path(dst).name)
-        (folder / "README.md").write_text(f"{text}\n\nThe weights are those of {src} in {to}.\n", encoding="utf-8")
+        dtype = stored_dtype(src)
+        write_repo_files(folder, model.config, model.generation_config, processor, card, dtype)
     return Path(dst)
+
+
+def quantized_card(src: str | os.PathLike, name: str, to: str) -> str:
+    """
+    The card of a quantized model. That of its source is not copied: sizes, numbers and pictures are not those of the result.
+
+    Args:
+        src (`str` or `os.PathLike`): folder or Hub id of the source; its card gives name, licence and languages.
+        name (`str`): of the result.
+        to (`str`): see [`quantization_config`].
+
+    Returns:
+        `str`: Markdown with the metadata in front.
+
+    Raises:
+        ValueError: if the source's card cannot be read.
+    """
+    text = card_of(src) or ""
+    try:
+        card = ModelCard(text)
+    except Exception as error:  # whatever the YAML parser raises
+        raise ValueError(f"The README.md of {src} cannot be read as a model card ({error}).") from error
+    title = re.search(r"^# (.+)$", card.text, re.MULTILINE)
+    source = str(src)
+    if Path(src).is_dir():  # where it lies on this machine says nothing to others
+        source = title[1].strip() if title else Path(src).resolve().name
+    kept = {key: card.data[key] for key in KEPT_METADATA if card.data.get(key) is not None}
+    description = (
+        f"{source} with the weights of its large matrices in {to}, for machines with little memory; the rest is as it was. "
+        f"It needs {PACKAGES[to]}. What it can do and cannot, what it learned from and whom to cite stands in the card of "
+        f"{source}; the numbers there were measured without quantization."
+    )
+    base_model = {"base_model": source} if re.fullmatch(REPO_ID, source) else {}
+    return model_card(name, description, **base_model, base_model_relation="quantized", **kept)
+
+
+def stored_dtype(src: str | os.PathLike) -> torch.dtype | None:
+    """
+    What the image tokenizer's weights are stored in, which is not what they are loaded in.
+
+    Args:
+        src (`str` or `os.PathLike`): folder or Hub id of a Libra.
+
+    Returns:
+        `torch.dtype`, or None if it is none that all of a file have.
+    """
+    weights = find_file(src, f"{IMAGE_TOKENIZER_FOLDER}/{SINGLE}")
+    if weights is None:  # shards; the first one is as the others
+        index = find_file(src, f"{IMAGE_TOKENIZER_FOLDER}/{INDEX}")
+        shard = min(read_json(index)["weight_map"].values()) if index else SINGLE
+        weights = find_file(src, f"{IMAGE_TOKENIZER_FOLDER}/{shard}")
+    if weights is None:
+        return None
+    with safe_open(weights, framework="pt") as file:
+        dtypes = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    return DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None

@@ -544,6 +544,14 @@ def _make_rows(text, num_images: int, per_row: list[int] | None) -> list[str]:
     rows = [text] if isinstance(text, str) else text
     if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, str) for row in rows):
         raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}: {text!r:.100}.")
+    for index, row in enumerate(rows):
+        try:
+            row.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Row {index}: the text holds {row[error.start]!r}, half of a letter. Was it read from bytes that are no "
+                "UTF-8? Decode them first."
+            ) from error
     return list(rows)
 
 

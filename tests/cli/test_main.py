@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from libra_cli import loading
-from libra_cli.main import main
+from libra_cli.main import build_parser, main
 
 
 @pytest.fixture
@@ -95,8 +95,10 @@ def test_convert_and_export(golden, tmp_path, capsys):
     assert capsys.readouterr().out == f"Wrote {tmp_path / 'a'}\nWrote {tmp_path / 'b'}\n"
     assert (tmp_path / "b" / "README.md").read_text() == "# Mine\n"
     (tmp_path / "b" / "pipeline_libra.py").unlink()
+    (tmp_path / "b" / "handler.py").write_text("mine")
     assert main(["update-code", str(tmp_path / "b")]) == 0
     assert (tmp_path / "b" / "pipeline_libra.py").is_file()
+    assert "handler.py" in capsys.readouterr().err
 
 
 def test_unreadable_images(repo, fails, tmp_path):
@@ -130,6 +132,21 @@ def test_wrong_arguments(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "usage: libra" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["serve", "demo"])
+@pytest.mark.parametrize("port", ["-1", "65536", "99999", "http"])
+def test_ports_there_are_not(verb, port, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--port", port])
+    assert caught.value.code == 2
+    assert "argument --port" in capsys.readouterr().err
+
+
+def test_ports_there_are():
+    parser = build_parser()
+    assert [parser.parse_args(["serve", "--port", port]).port for port in ("0", "1", "65535")] == [0, 1, 65535]
+    assert parser.parse_args(["demo", "--port", "65535"]).port == 65535
 
 
 def test_help_does_not_wait_for_torch():

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from libra_cli.loading import load_libra
 from libra_cli.main import main
+from libra_cli.push import plan_push
 from libra_cli.quantization import NOT_QUANTIZED, quantization_config
 from tests.conftest import REPOSITORY
 
@@ -46,7 +48,33 @@ def test_the_file_is_smaller_and_says_what_it_is(int8):
     assert (int8 / "model.safetensors").stat().st_size < (TINY / "model.safetensors").stat().st_size  # that is float16
     config = json.loads((int8 / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "torchao"
-    assert "in int8" in (int8 / "README.md").read_text()
+    coder = load_file(int8 / "image_tokenizer" / "model.safetensors")
+    assert {weight.dtype for weight in coder.values()} == {torch.float16}  # as the source has it
+    assert load_libra(int8)[1].image_tokenizer.dtype == torch.float32
+
+
+def test_the_card_is_its_own(int8):
+    card = ModelCard((int8 / "README.md").read_text())
+    assert (card.data.base_model, card.data.base_model_relation) == ("libra-tiny", "quantized")
+    assert (card.data.license, card.data.language) == ("apache-2.0", ["en", "zh"])
+    assert "# libra-tiny-int8\n" in card.text
+    assert "in int8" in card.text
+    for wrong in ("float16", "20 MB", "![", str(TINY)):
+        assert wrong not in card.text
+
+
+def test_it_can_be_pushed(int8):
+    assert plan_push("team/libra-tiny-int8", int8).problems == []
+
+
+@pytest.mark.parametrize("verb", ["quantize", "export"])
+def test_what_is_quantized_already(int8, verb, tmp_path, capsys, monkeypatch):
+    for loads in ("quantization", "export"):  # before any work
+        monkeypatch.setattr(f"libra_cli.{loads}.load_libra", None)
+    assert main([verb, str(int8), str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is quantized already" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_caption_elsewhere(int8, tmp_path):

@@ -112,6 +112,18 @@ def edit_text_config(**fields) -> Callable[[Path], object]:
     return change
 
 
+def edit_rope(**fields) -> Callable[[Path], object]:
+    return edit_text_config(rope_parameters={"rope_type": "default", "rope_theta": 10000.0} | fields)
+
+
+def edit_image_processor(**fields) -> Callable[[Path], object]:
+    def change(model: Path) -> None:
+        content = json.loads((model / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]
+        edit("processor_config.json", image_processor=content | fields)(model)
+
+    return change
+
+
 def edit_weights(name: str, change: Callable[[dict], object]) -> Callable[[Path], object]:
     def run(model: Path) -> None:
         weights = load_file(model / name)
@@ -215,6 +227,78 @@ REPOSITORIES = [
         with_model(edit("config.json", bridge_rank=0)),
         "bridge_rank must be at least 1",
     ),
+    Case(
+        "config.json",
+        "a million layers",
+        with_model(edit_text_config(num_hidden_layers=10**6)),
+        "is of a model with 1000000 layers; there are only",
+    ),
+    Case(
+        "config.json",
+        "no attention heads",
+        with_model(edit_text_config(num_attention_heads=0)),
+        "config.json cannot be used: ZeroDivisionError",
+    ),
+    Case(
+        "config.json",
+        "positions of an unknown type",
+        with_model(edit_rope(rope_type="evil")),
+        "config.json cannot be used: KeyError: 'evil'",
+    ),
+    Case(
+        "config.json",
+        "an unknown activation",
+        with_model(edit_text_config(hidden_act="evil")),
+        "config.json cannot be used: KeyError: 'evil'",
+    ),
+    Case(
+        "config.json",
+        "an unknown dtype",
+        with_model(edit("config.json", dtype="evil")),
+        "config.json cannot be used: AttributeError",
+    ),
+    Case(
+        "config.json",
+        "a padding id there is not",
+        with_model(edit_text_config(pad_token_id=99999)),
+        "pad_token_id must be an id of the vocabulary, in [0, 360), found 99999",
+    ),
+    Case(
+        "config.json",
+        "an epsilon below 0",
+        with_model(edit_text_config(rms_norm_eps=-1.0)),
+        "text_config.rms_norm_eps must be greater than 0",
+    ),
+    Case(
+        "config.json",
+        "a rope_theta of 0",
+        with_model(edit_rope(rope_theta=0.0)),
+        "text_config.rope_theta must be greater than 0",
+    ),
+    Case(
+        "config.json",
+        "a context of 0",
+        with_model(edit_text_config(max_position_embeddings=0)),
+        "text_config.max_position_embeddings must be greater than 0",
+    ),
+    Case(
+        "config.json",
+        "of no version of transformers",
+        with_model(edit("config.json", transformers_version="abc")),
+        "transformers_version 'abc'; expected one such as",
+    ),
+    Case(
+        "config.json",
+        "a null for the version of transformers",
+        with_model(edit("config.json", transformers_version=None)),
+        "transformers_version None; expected one such as",
+    ),
+    Case(
+        "generation_config.json",
+        "an end id there is not",
+        with_model(edit("generation_config.json", eos_token_id=[2, 10**9])),
+        "eos_token_id must be an id of the vocabulary",
+    ),
     Case("generation_config.json", "no JSON", with_model(write("generation_config.json", b"{")), "is not valid JSON"),
     Case(
         "generation_config.json",
@@ -239,6 +323,24 @@ REPOSITORIES = [
         "a tokenizer with more ids than the model",
         with_model(edit("processor_config.json", text_vocab_size=300)),
         "The tokenizer has ids up to",
+    ),
+    Case(
+        "processor",
+        "a longest text that is no number",
+        with_model(edit("tokenizer_config.json", model_max_length="x")),
+        "tokenizer_config.json has model_max_length 'x'; expected",
+    ),
+    Case(
+        "processor",
+        "a mean of two colours",
+        with_model(edit_image_processor(image_mean=[0, 0])),
+        "mean must have 3 elements",
+    ),
+    Case(
+        "processor",
+        "a deviation of 0",
+        with_model(edit_image_processor(image_std=[0, 0, 0])),
+        "it makes NaN or infinite numbers of an image",
     ),
     Case("processor", "images of another size", with_model(edit("config.json", image_grid=5)), "along a side: 5 and 4"),
     Case("processor", "no tokenizer", with_model(remove("tokenizer.json")), "it lacks tokenizer.json or"),

@@ -77,8 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
             content = json.loads(body)["content"]
-            is_valid = content.startswith("---\n") and "license: unheard-of" not in content
-            errors = [] if is_valid else [{"message": '"license" must be one of the known ones'}]
+            is_valid = content.startswith("---\n") and "\n- unheard-of\n" not in content
+            errors = [] if is_valid else [{"message": '"language" must be one of the known ones'}]
             return self._send({"errors": errors, "warnings": []}, 200 if is_valid else 400)
         if match := re.fullmatch(r"/api/models/(.+)/preupload/(.+)", path):
             files = [

@@ -1,6 +1,8 @@
 """`libra export`: the repository, the dtype of its weights, and what is refused. How it loads is in test_remote_code."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from libra_cli.export import (
     AUTO_MAP,
     CUSTOM_PIPELINES,
+    check_shard_size,
     export_folder,
     export_repo,
     new_folder,
@@ -19,6 +22,7 @@ from libra_cli.export import (
 )
 from libra_cli.loading import load_libra, load_model
 from libra_cli.push import plan_push
+from libra_cli.quantization import stored_dtype
 from tests.modeling.toys import make_config, make_model
 
 
@@ -79,6 +83,7 @@ def test_weights_in_half_precision_load_in_full(bare, tmp_path):
         stored = load_file(part / "model.safetensors")
         assert {weight.dtype for weight in stored.values()} == {torch.float16}
         assert read_json(part / "config.json")["dtype"] == "float32"
+    assert stored_dtype(folder) == torch.float16
     (model, processor), (original, _) = load_libra(folder), load_libra(bare)
     assert model.dtype == processor.image_tokenizer.dtype == torch.float32
     for name, weight in original.state_dict().items():
@@ -96,9 +101,15 @@ def test_shards_load_as_one_file_does(repo, tmp_path):
     (one, _), (many, _) = (load_libra(folder) for folder in folders.values())
     assert all(torch.equal(weight, many.state_dict()[name]) for name, weight in one.state_dict().items())
     assert plan_push("team/libra-toy", folders["shards"]).problems == []
+    assert stored_dtype(folders["shards"]) == stored_dtype(folders["whole"]) == torch.float32
 
 
-@pytest.mark.parametrize("size", ["0", "0GB", "5", "many", "-1GB"])
+@pytest.mark.parametrize("size", ["0.5GB", "5gb", "1.5KB", "0.001KB"])
+def test_what_is_a_shard_size(size):
+    check_shard_size(size)
+
+
+@pytest.mark.parametrize("size", ["0", "0GB", "0.0GB", "0.0001KB", ".5GB", "5", "many", "-1GB"])
 def test_what_is_no_shard_size(repo, tmp_path, size):
     with pytest.raises(ValueError, match="largest weights file"):
         export_folder(repo, tmp_path / "repo", max_shard_size=size)
@@ -131,13 +142,45 @@ def test_exporting_an_export_changes_nothing(repo, tmp_path):
 def test_code_is_brought_up_to_date(repo, tmp_path):
     folder = export_folder(repo, tmp_path / "repo")
     (folder / "modeling_libra.py").write_text("old")
-    (folder / "no_longer_needed.py").write_text("old")
-    write_code(folder)
-    assert {path.name for path in folder.glob("*.py")} == {path.name for path in remote_code_files()}
+    (folder / "handler.py").write_text("mine")
+    assert write_code(folder) == ["handler.py"]
+    assert (folder / "handler.py").read_text() == "mine"
+    assert {path.name for path in folder.glob("*.py")} == {
+        "handler.py",
+        *(path.name for path in remote_code_files()),
+    }
     assert (folder / "modeling_libra.py").read_text() == (repo / "modeling_libra.py").read_text()
     (folder / "processor_config.json").unlink()
     with pytest.raises(ValueError, match=r"no processor_config\.json"):
         write_code(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[]", "must hold a JSON object"),
+        ("config.json", '{"model_type": "llama"}', "of type 'llama'; expected 'libra'"),
+        ("image_tokenizer/config.json", '{"model_type": "clip"}', "expected 'libra_image_tokenizer'"),
+        ("processor_config.json", "{}", "has no image_processor"),
+        ("tokenizer_config.json", "{", "is not valid JSON"),
+    ],
+)
+def test_code_is_not_put_into_what_is_no_libra(repo, tmp_path, name, content, message):
+    folder = Path(shutil.copytree(repo, tmp_path / "repo"))
+    (folder / "modeling_libra.py").write_text("old")
+    (folder / name).write_text(content)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_code(folder)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_code_of_others_is_named_no_more(repo, tmp_path):
+    folder = Path(shutil.copytree(repo, tmp_path / "repo"))
+    tokenizer = read_json(folder / "tokenizer_config.json") | {"auto_map": {"AutoTokenizer": ["evil/x--t.Evil", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    write_code(folder)
+    assert "auto_map" not in read_json(folder / "tokenizer_config.json")
 
 
 def test_missing_weights_are_not_made_up(bare, tmp_path):
@@ -165,6 +208,23 @@ def test_new_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), new_folder(tmp_path / "kept"):
         raise RuntimeError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "made"]
+
+
+def test_export_into_the_folder_one_is_in(repo, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_folder(repo, ".")
+    assert Path("config.json").is_file()  # the folder itself was not replaced
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    with pytest.raises(ValueError, match="not empty"):
+        export_folder(repo, ".")
+
+
+def test_card_names_the_folder_one_is_in(bare, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_folder(bare, ".")
+    assert "\n# here\n" in Path("README.md").read_text()
 
 
 def test_destination_in_use(tmp_path):

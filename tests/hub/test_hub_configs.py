@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoImageProcessor, GenerationConfig
 
 from libra_cli.cards import model_card
-from libra_cli.export import AUTO_MAP, CUSTOM_PIPELINES
+from libra_cli.export import AUTO_MAP, CUSTOM_PIPELINES, remote_code_files
 from modeling_libra import LibraConfig
 from processing.chat_template_libra import CHAT_TEMPLATE
 from processing.configuration_libra_image_tokenizer import LibraImageTokenizerConfig
@@ -35,6 +36,15 @@ def test_card_has_valid_metadata(folder):
     reported = [r for model in front_matter.get("model-index", []) for r in model["results"]]
     metrics = [metric for result in reported for metric in result["metrics"]]
     assert len(data.eval_results or []) == len(metrics)
+
+
+def test_code_is_that_of_the_source(folder):
+    advice = f"run `libra update-code hub_configs/{folder.name}`"
+    for file in remote_code_files():
+        shipped = folder / file.name
+        assert shipped.is_file(), f"{file.name} is missing: {advice}"
+        assert shipped.read_text() == file.read_text(), f"{file.name} is not current: {advice}"
+    assert len(list(folder.glob("*.py"))) == len(remote_code_files())
 
 
 def test_configuration_names_our_classes(folder):
@@ -65,11 +75,8 @@ def test_the_parts_of_11b_that_are_there_load(name):
     images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     assert images.crop_size["height"] == images.size["shortest_edge"] == 336
     tokenizer = LibraImageTokenizerConfig.from_pretrained(folder, subfolder="image_tokenizer")
-    default = LibraImageTokenizerConfig().to_dict()
-    found = tokenizer.to_dict()
-    assert {key: found[key] for key in default if key != "vision_config"} == {
-        key: default[key] for key in default if key != "vision_config"
-    }
+    for field in ("select_layers", "embed_dim", "num_codebooks", "codebook_size", "ch", "ch_mult", "resolution"):
+        assert np.array_equal(getattr(tokenizer, field), getattr(LibraImageTokenizerConfig(), field)), field
     assert tokenizer.vision_config.num_hidden_layers == 24
     wanted = json.loads((Path(folder) / "processor_config.json").read_text(encoding="utf-8"))
     assert wanted["text_vocab_size"] == config.text_vocab_size

@@ -2,19 +2,25 @@
 
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
 from libra_cli import push as push_module
+from libra_cli.export import card_of, export_folder
+from libra_cli.loading import load_model
 from libra_cli.main import main
 from libra_cli.push import plan_push, push, size_text
+from libra_cli.quantization import quantized_card, stored_dtype
 from tests.hub.stand_in_hub import TOKEN, StandInHub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +45,14 @@ def hub(server, monkeypatch) -> StandInHub:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # Xet is a protocol of its own, which the stand-in lacks
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return server
+
+
+@pytest.fixture
+def cached_hub(hub, monkeypatch, tmp_path) -> StandInHub:
+    """The same, to load from; the cache is the test's own."""
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return hub
 
 
 @pytest.fixture
@@ -100,8 +114,8 @@ def test_not_logged_in(hub, monkeypatch, capsys):
 
 def test_card_that_the_hub_refuses(hub, folder):
     card = (folder / "README.md").read_text(encoding="utf-8")
-    (folder / "README.md").write_text(card.replace("license: llama2", "license: unheard-of"), encoding="utf-8")
-    with pytest.raises(ValueError, match="license"):
+    (folder / "README.md").write_text(card.replace("\n- en\n", "\n- unheard-of\n"), encoding="utf-8")
+    with pytest.raises(ValueError, match="language"):
         push(plan_push("team/libra-toy", folder))
     assert not hub.files("team/libra-toy")
 
@@ -137,6 +151,27 @@ def replace(name: str, old: str, new: str):
     return change
 
 
+def edit(name: str, change):
+    """Changes the object in a JSON file."""
+
+    def run(folder: Path) -> None:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        change(content)
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+    return run
+
+
+def zip_with_a_pickle(name: str):
+    """As torch writes it."""
+
+    def change(folder: Path) -> None:
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps({}))
+
+    return change
+
+
 def cut(name: str):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
 
@@ -166,6 +201,14 @@ SHARD = "model-00002-of-00002.safetensors"
 REFUSED_FILES = {
     "training_args.bin is a pickle": write("training_args.bin"),
     "checkpoint/optimizer.pt is a pickle": write("checkpoint/optimizer.pt"),
+    "model.PT is a pickle": write("model.PT", pickle.dumps({})),
+    "opt.pt2 is a pickle": write("opt.pt2"),
+    "opt.npy is a pickle": write("opt.npy"),
+    "weights.dat is a pickle": write("weights.dat", pickle.dumps({})),
+    "image_tokenizer/more.safetensors is a pickle": write("image_tokenizer/more.safetensors", pickle.dumps({})),
+    "array.dat is a pickle": write("array.dat", b"\x93NUMPY\x01\x00"),
+    "archive.dat is a pickle": zip_with_a_pickle("archive.dat"),
+    "custom_generate/generate.py; remove it": write("custom_generate/generate.py"),
     ".env looks like a file of secrets": write(".env"),
     "token looks like a file of secrets": write("token"),
     "image_tokenizer/deploy.pem looks like a file of secrets": write("image_tokenizer/deploy.pem"),
@@ -183,6 +226,45 @@ REFUSED_CARDS = {
     "lacks license, library_name, pipeline_tag": write("README.md", b"# Mine\n"),
     "card (while": write("README.md", b"---\na: [\n---\n"),
     "card ('utf-8'": write("README.md", b"\xff\xfe"),
+    "has license 'nonsense'": write("README.md", b"---\nlicense: nonsense\n---\n"),
+    "has pipeline_tag 'nonsense'": write("README.md", b"---\npipeline_tag: nonsense\n---\n"),
+    "has base_model '../x'": write("README.md", b"---\nbase_model: ../x\n---\n"),
+    "has the value 'abc' of the metric accuracy": write(
+        "README.md",
+        b"---\nmodel-index: [{name: x, results: [{task: {type: x}, dataset: {name: x, type: x}, "
+        b"metrics: [{type: accuracy, value: abc}]}]}]\n---\n",
+    ),
+}
+
+MODEL_CODE = "modeling_libra.LibraForCausalLM"
+
+REFUSED_CONFIGURATIONS = {
+    "its config.json names other code": edit("config.json", lambda c: c["auto_map"].update(AutoModel="evil/x--m.Evil")),
+    "its config.json names other code than this version's, or none, in custom_pipelines": edit(
+        "config.json", lambda c: c["custom_pipelines"]["image-to-text"].update(impl="evil.Evil")
+    ),
+    "text_config.auto_map": edit("config.json", lambda c: c["text_config"].update(auto_map={"AutoModel": MODEL_CODE})),
+    "its processor_config.json names other code": edit(
+        "processor_config.json", lambda c: c["image_processor"]["auto_map"].update(AutoImageProcessor="evil/x--p.Evil")
+    ),
+    "its tokenizer_config.json names other code": edit(
+        "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["evil/x--t.Evil", None]})
+    ),
+    "its image_tokenizer/config.json names other code": edit(
+        "image_tokenizer/config.json", lambda c: c["auto_map"].update(AutoModel=MODEL_CODE)
+    ),
+    "generation_config.json is not valid JSON": write("generation_config.json", b"{nonsense"),
+    "does not know: use_3d_bridge": edit("config.json", lambda c: c.update(use_3d_bridge=True)),
+    "a later generation": edit("config.json", lambda c: c.update(transformers_version="99.0.0")),
+    "rope_theta must be greater than 0": edit(
+        "config.json", lambda c: c["text_config"]["rope_parameters"].update(rope_theta=0.0)
+    ),
+    "mean must have 3 elements": edit(
+        "processor_config.json", lambda c: c["image_processor"].update(image_mean=[0, 0])
+    ),
+    "NaN or infinite numbers of an image": edit(
+        "processor_config.json", lambda c: c["image_processor"].update(image_std=[0, 0, 0])
+    ),
 }
 
 REFUSED = {
@@ -213,7 +295,7 @@ REFUSED = {
         "text ids: 360 and 361",
     ),
     "broken tokenizer": (write("tokenizer.json", b"{"), "tokenizer"),
-    "configuration without code": (replace("config.json", '"auto_map"', '"map"'), "names no code"),
+    "configuration without code": (replace("config.json", '"auto_map"', '"map"'), "in auto_map; remove"),
     "language model we cannot route": (
         replace("config.json", '"model_type": "llama"', '"model_type": "gpt2"'),
         "gpt2",
@@ -243,6 +325,47 @@ def test_refused(hub, folder, change, message):
     with pytest.raises(ValueError, match="cannot be pushed"):
         push(plan)
     assert not hub.repos
+
+
+@pytest.mark.parametrize(("message", "change"), REFUSED_CONFIGURATIONS.items())
+def test_refused_configurations(folder, message, change):
+    change(folder)
+    assert message in "; ".join(plan_push("team/libra-toy", folder).problems)
+
+
+def on_hub(server: StandInHub, repo_id: str, folder: Path) -> None:
+    """Puts a folder on the stand-in, whatever is in it."""
+    server.repos[repo_id] = {}
+    server.commit(repo_id, contents(folder))
+
+
+def test_configurations_on_the_hub_are_checked(cached_hub, folder, tmp_path):
+    on_hub(cached_hub, "team/good", folder)
+    assert load_model("team/good").config.model_type == "libra"
+    for number, (change, message) in enumerate(
+        [
+            (edit("config.json", lambda c: c.update(use_3d_bridge=True)), "does not know: use_3d_bridge"),
+            (write("generation_config.json", b"{nonsense"), "is not valid JSON"),
+            (edit("config.json", lambda c: c["text_config"].update(num_hidden_layers=10**6)), "1000000 layers"),
+            (edit("config.json", lambda c: c["text_config"].update(hidden_act="evil")), "KeyError: 'evil'"),
+        ]
+    ):
+        changed = Path(shutil.copytree(folder, tmp_path / f"changed{number}"))
+        change(changed)
+        on_hub(cached_hub, f"team/changed{number}", changed)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_model(f"team/changed{number}")
+
+
+def test_cards_on_the_hub_are_kept(cached_hub, folder, tmp_path):
+    on_hub(cached_hub, "team/good", folder)
+    assert card_of("team/good") == (folder / "README.md").read_text(encoding="utf-8")
+    exported = export_folder("team/good", tmp_path / "exported")
+    assert (exported / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    card = ModelCard(quantized_card("team/good", "good-int8", "int8"))
+    assert (card.data.base_model, card.data.base_model_relation) == ("team/good", "quantized")
+    assert card.data.license == "llama2"
+    assert stored_dtype("team/good") == torch.float32
 
 
 def test_what_is_refused_is_one_line_of_the_command(folder, capsys):
