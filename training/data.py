@@ -5,7 +5,7 @@ of one's own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from .world.augment import Augmentation
 from .world.concepts import Concept, load_concepts, training_subjects
-from .world.questions import KINDS_THAT_NAME, scene_questions, wrong_answer
+from .world.questions import scene_questions, wrong_answer
 from .world.scenes import Scene, World
 
 
@@ -37,16 +37,9 @@ class DataArguments:
         augmentation (`dict`, *optional*): settings of [`~training.world.augment.Augmentation`].
         max_turns (`int`, *optional*, defaults to 2): most questions about a scene in a conversation.
         naming_first (`bool`, *optional*, defaults to `True`): whether its first question asks what is there.
-        question_draws (`int`, *optional*, defaults to 1): how many questions of each kind there are to choose from.
-        similar (`float`, *optional*, defaults to 1.0): share of absent things asked for that are like a present one.
-        few_concepts (`int`, *optional*, defaults to 10): a part of the things, for conversations about nothing else.
-        few_fraction (`float`, *optional*, defaults to 0.0): share of these conversations, of questions that name a thing.
 
     Raises:
-        ValueError: if there are to be no training samples, no concepts or no questions, or for a share out of range.
-
-    To find what a question names is learned thing by thing, and of the first ones very slowly. With few things it comes soon,
-    and others follow: `few_fraction` in a stage before the last.
+        ValueError: if there are to be no training samples, no concepts or no questions.
     """
 
     dataset: str = field(default="world", metadata={"help": "'world', or where the data are."})
@@ -60,19 +53,11 @@ class DataArguments:
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
     max_turns: int = field(default=2, metadata={"help": "Most questions about a scene of the world."})
     naming_first: bool = field(default=True, metadata={"help": "Whether the first one asks what is there."})
-    question_draws: int = field(default=1, metadata={"help": "Questions of each kind there are to choose from."})
-    similar: float = field(default=1.0, metadata={"help": "Share of absent things that are like a present one."})
-
-    few_concepts: int = field(default=10, metadata={"help": "A part of the things, for conversations of their own."})
-    few_fraction: float = field(default=0.0, metadata={"help": "Share of these conversations."})
 
     def __post_init__(self):
-        for name in ("train_samples", "num_concepts", "max_turns", "question_draws"):
+        for name in ("train_samples", "num_concepts", "max_turns"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, found {vars(self)[name]}.")
-        for name in ("similar", "few_fraction"):
-            if not 0 <= vars(self)[name] <= 1:
-                raise ValueError(f"{name} must be in [0, 1], found {vars(self)[name]}.")
 
 
 class CaptionSamples(Dataset):
@@ -132,11 +117,7 @@ def load_caption_data(data: DataArguments) -> tuple[Dataset, Dataset]:
 
 
 def to_conversation(
-    scene: Scene,
-    rng: np.random.Generator,
-    concepts: Sequence[Concept],
-    data: DataArguments,
-    kinds: Sequence[str] | None = None,
+    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 2, naming_first: bool = True
 ) -> dict[str, Any]:
     """
     A scene with some of its questions, as TRL reads conversations.
@@ -145,53 +126,45 @@ def to_conversation(
         scene ([`Scene`]): the scene.
         rng (`np.random.Generator`): chooses the questions.
         concepts (`Sequence[Concept]`): the concepts there are; questions name absent ones too.
-        data ([`DataArguments`]):
-            How many questions, and which. A model that cannot name yet learns nothing from others than `naming_first`; one
-            that can should be asked them first as well, or it reads their answers off the name before. It names things long
-            before it looks for one that is named; several draws ask more of that.
-        kinds (`Sequence` of `str`, *optional*): of the questions, see [`~training.world.questions.Question`]; all by
-            default.
+        max_turns (`int`, *optional*, defaults to 2): most questions.
+        naming_first (`bool`, *optional*, defaults to `True`):
+            Whether the first one asks what is there. A model that cannot name yet learns nothing from the others; one
+            that can should be asked them first as well, or it reads their answers off the name before.
 
     Returns:
         `dict`: `messages`, alternating user and assistant, and `images`, the one image.
     """
-    drawn = [
-        question for _ in range(data.question_draws) for question in scene_questions(scene, rng, concepts, data.similar)
-    ]
-    questions = [*{question.question: question for question in drawn if not kinds or question.kind in kinds}.values()]
+    questions = scene_questions(scene, rng, concepts)
     order = [questions[i] for i in rng.permutation(len(questions))]
-    if data.naming_first and not kinds:
+    if naming_first:
         first = next(question for question in order if question.kind in ("caption", "label"))
         order = [first, *(question for question in order if question is not first)]
     messages = []
-    for question in order[: rng.integers(data.max_turns) + 1]:
+    for question in order[: rng.integers(max_turns) + 1]:
         messages.append({"role": "user", "content": question.question})
         messages.append({"role": "assistant", "content": question.answer})
     return {"messages": messages, "images": [scene.image]}
 
 
-def world_conversations(world: World, data: DataArguments) -> TableDataset:
+def world_conversations(world: World, max_turns: int = 2, naming_first: bool = True) -> TableDataset:
     """
     The scenes of a world as a dataset of conversations, drawn when they are read.
 
     Args:
         world ([`World`]): the scenes.
-        data ([`DataArguments`]): which questions, as in [`to_conversation`].
+        max_turns, naming_first (*optional*): which questions, as in [`to_conversation`].
 
     Returns:
         `datasets.Dataset` whose samples have `messages` and `images`.
     """
 
-    few = replace(world, subjects=world.subjects[: data.few_concepts])
-
-    def converse(i: int) -> dict[str, Any]:
-        rng = np.random.default_rng([world.seed, i])
-        source = few if data.few_fraction and rng.random() < data.few_fraction else world
-        kinds = KINDS_THAT_NAME if source is few else None
-        return to_conversation(source[i], rng, load_concepts(len(source.subjects)), data, kinds)
+    concepts = load_concepts(len(world.subjects))
 
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
-        samples = [converse(i) for i in rows["scene"]]
+        samples = [
+            to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts, max_turns, naming_first)
+            for i in rows["scene"]
+        ]
         return {key: [sample[key] for sample in samples] for key in samples[0]}
 
     return TableDataset.from_dict({"scene": list(range(len(world)))}).with_transform(draw)
@@ -208,7 +181,8 @@ def load_world_conversations(data: DataArguments) -> tuple[TableDataset, TableDa
         `tuple`: training and evaluation dataset.
     """
     train, validation = load_worlds(data)
-    return world_conversations(train, data), world_conversations(validation, data)
+    questions = (data.max_turns, data.naming_first)
+    return world_conversations(train, *questions), world_conversations(validation, *questions)
 
 
 def to_preference(scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept]) -> dict[str, Any]:
