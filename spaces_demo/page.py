@@ -15,6 +15,10 @@ CONCURRENCY = 4
 QUEUE_SIZE = 64
 """Requests that may wait; further visitors are told that it is busy."""
 
+SESSIONS = 100
+"""Visitors whose conversations are kept; then the one who has been away the longest is forgotten. Gradio keeps 10000, and a
+third of a megabyte for each."""
+
 KEEP_FILES = (600, 3600)
 """Every so many seconds, files older than so many seconds are deleted."""
 
@@ -55,6 +59,7 @@ def launch_options() -> dict:
         "head": NARROW_MARGINS,
         "js": NAME_IMAGES,
         "max_file_size": MAX_FILE_SIZE,
+        "state_session_capacity": SESSIONS,
         "allowed_paths": [str(EXAMPLES)],
         "footer_links": ["api", "settings"],
         "ssr_mode": False,  # needs Node.js
