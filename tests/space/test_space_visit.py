@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.space.conftest import NO_WARNINGS, REPOSITORY
 
@@ -98,12 +99,14 @@ def test_ask_about_an_upload_retry_undo_and_clear(visit):
     me.clear()
     me.ask("What is in the image?", SAMPLES / "strawberry.png")
     me.wait_for_answer(0).get_by_text("strawberry", exact=True).wait_for()
+    me.page.wait_for_timeout(1000)  # what follows an answer, which would empty the text box after an undo
     me.page.get_by_role("button", name="Retry").click()
-    me.page.get_by_role("button", name="Stop", exact=True).first.wait_for(state="hidden")
+    me.page.wait_for_timeout(1000)
+    me.page.locator("#message textarea:enabled").wait_for()
     me.wait_for_answer(0).get_by_text("strawberry", exact=True).wait_for()
     me.page.get_by_role("button", name="Undo").click()
     me.answers().first.wait_for(state="detached")
-    assert me.page.locator("#message textarea").input_value() == "What is in the image?"
+    expect(me.page.locator("#message textarea")).to_have_value("What is in the image?", timeout=PATIENCE)
 
 
 def test_clearing_stops_the_answer_that_is_being_written(visit, monkeypatch):
