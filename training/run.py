@@ -89,7 +89,10 @@ class StageParser(TrlParser):
 
 def _mapping(text: str) -> dict:
     """A mapping on the command line, in YAML as in the file: `{rotation: 8}`."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a mapping such as '{{rotation: 8}}', found {text!r}")
     return value

@@ -89,9 +89,7 @@ class BridgeMemory:
         if not places or filled == 0:
             return None
         is_vision = self.cache.layers[places[0]].values[:, 0, :filled, 0].bool()  # (batch, filled)
-        trailing = (
-            is_vision.flip(1).int().cummin(dim=1).values.sum(dim=1)
-        )  # vision tokens at the end, of whole images too
+        trailing = is_vision.flip(1).int().cummin(dim=1).values.sum(dim=1)  # (batch,), whole images among them
         return trailing % (num_patches + 2)
 
     def remember_tokens(self, position_ids: torch.Tensor, is_vision: torch.Tensor) -> None:

@@ -272,6 +272,13 @@ def test_mappings_are_flags_as_well():
     assert data.augmentation == {"rotation": 8, "colour": 0.5}
 
 
+@pytest.mark.parametrize("text", ["8", "{rotation: 8"])
+def test_flags_that_are_no_mappings_are_refused(text, capsys):
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        StageParser("pretrain", (DataArguments, TrainingArguments)).parse_args_and_config(["--augmentation", text])
+    assert "expected a mapping such as '{rotation: 8}'" in capsys.readouterr().err + str(refused.value)
+
+
 def test_folders_of_a_users_own_are_left_alone(tmp_path):
     """Neither taken for a checkpoint nor deleted as the rest of one."""
     for name, inside in (("checkpoint-5", "trainer_state.json"), ("checkpoint-100-best", "trainer_state.json"),
