@@ -2,19 +2,24 @@
 
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import sys
+import threading
 import time
 
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
+from transformers.trainer import TRAINER_STATE_NAME
 
 from libra_cli.init import init_repo
 from tests.parts import TOKENIZER_FIELDS, make_clip, make_llm
 from tests.training.caption_files import COLOURS, encode, write_shards
 from training import pretrain, sft
-from training.checkpoints import UNFINISHED, is_whole, last_checkpoint
+from training.checkpoints import UNFINISHED, last_checkpoint
 
 STAGES = {"pretrain": pretrain.main, "sft": sft.main}
 COMMON = {
@@ -78,42 +83,40 @@ def talks(folder, icons):
     return {"dataset": folder / "talks.json"}
 
 
-def while_saving(step):
-    """A moment at which the checkpoint of a step is being written."""
-    return lambda out: (out / f"checkpoint-{step}" / UNFINISHED).exists()
+def while_saving(step, name):
+    """The moment before a file of a step's checkpoint is opened for the first time."""
+    return "open", f"checkpoint-{step}/{name}", 0.0
 
 
 def after(step, seconds):
-    """Some time into the steps that follow a checkpoint."""
+    """Some time into what follows the end of a checkpoint: its mark goes last."""
+    return "os.remove", f"checkpoint-{step}/{UNFINISHED}", seconds
 
-    def moment(out):
-        if not is_whole(out / f"checkpoint-{step}"):
-            return False
+
+def run_until(moment, stage, out, flags):
+    """Runs a stage and kills it from within, so that no moment is missed on a fast or a busy machine."""
+    event, name, seconds = moment
+    path = str(out / name)
+
+    def kill():
         time.sleep(seconds)
-        return True
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    return moment
+    def hook(what, details):
+        if what == event and str(details[0]) == path:
+            threading.Thread(target=kill).start() if seconds else kill()
 
-
-def run_and_kill(process, out, moment):
-    process.start()
-    deadline = time.monotonic() + 600
-    while not moment(out):
-        assert process.is_alive(), "the run ended before the moment at which it was to be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)  # a small checkpoint is written in no time
-    process.kill()
-    process.join()
-    assert process.exitcode == -9
+    sys.addaudithook(hook)
+    STAGES[stage](flags)
 
 
 @pytest.mark.parametrize(
     ("stage", "make_data", "moments"),
     [
-        ("pretrain", tars, [while_saving(2), after(2, 0.0), while_saving(4)]),
-        ("pretrain", parquet, [after(2, 0.05)]),
-        ("pretrain", world, [while_saving(6)]),
-        ("sft", talks, [after(2, 0.1), while_saving(4)]),
+        ("pretrain", tars, [while_saving(2, "config.json"), after(2, 0.001), while_saving(4, TRAINER_STATE_NAME)]),
+        ("pretrain", parquet, [after(2, 0.02)]),
+        ("pretrain", world, [after(6, 0.0)]),
+        ("sft", talks, [after(2, 0.01), while_saving(4, UNFINISHED)]),
     ],
     ids=["pretrain-tars", "pretrain-parquet", "pretrain-world", "sft"],
 )
@@ -121,20 +124,23 @@ def test_a_killed_run_goes_on(processes, start, icons, tmp_path, stage, make_dat
     (tmp_path / "data").mkdir()
     options = COMMON | {"model": start} | make_data(tmp_path / "data", icons)
 
-    def process(out):
+    def start_run(out, moment=None):
         flags = [part for name, value in (options | {"output_dir": out}).items() for part in (f"--{name}", str(value))]
-        return processes.Process(target=STAGES[stage], args=(flags,))
+        target, args = (run_until, (moment, stage, out, flags)) if moment else (STAGES[stage], (flags,))
+        process = processes.Process(target=target, args=args)
+        process.start()
+        return process
+
+    def end_of(process):
+        process.join(900)
+        return process.exitcode
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    uninterrupted = process(whole)
-    uninterrupted.start()
+    uninterrupted = start_run(whole)
     for moment in moments:
-        run_and_kill(process(killed), killed, moment)
-    final = process(killed)
-    final.start()
-    for done in (uninterrupted, final):
-        done.join(900)
-        assert done.exitcode == 0
+        assert end_of(start_run(killed, moment)) == -signal.SIGKILL
+    assert end_of(start_run(killed)) == 0
+    assert end_of(uninterrupted) == 0
 
     names = ("step", "loss", "text_loss", "vision_loss", "grad_norm", "learning_rate")
     logs = [json.loads((out / "trainer_state.json").read_text())["log_history"] for out in (whole, killed)]
