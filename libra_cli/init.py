@@ -130,7 +130,7 @@ def init_repo(
     model, processor = init_libra(language_model, clip, seed, **tokenizer_fields)
     if card is None:
         on_hub = [str(part) for part in (language_model, clip) if not Path(part).exists()]
-        card = model_card(Path(dst).name, DESCRIPTION, **({"base_model": on_hub} if on_hub else {}))
+        card = model_card(Path(dst).resolve().name, DESCRIPTION, **({"base_model": on_hub} if on_hub else {}))
     return export_repo(model, processor, dst, card)
 
 

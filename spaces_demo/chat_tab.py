@@ -1,10 +1,13 @@
 """The first tab: talk about images."""
 
 from collections.abc import Iterator
+from functools import partial
+from inspect import iscoroutinefunction
 from typing import Any
 
 import gradio as gr
 from conversation import REFUSED, SHORT_ANSWER, ask
+from gradio.context import get_blocks_context
 from libra_model import HERE, gpu
 from uploads import VisitorError
 from wording import SECTION
@@ -86,10 +89,22 @@ def worked_example() -> Any:
 
 class Chat(gr.ChatInterface):
     """
-    A chat that, when it is cleared, also stops the answer that is being written; gradio's own lets it come back.
+    A chat in which what a visitor does while an answer ends stands: cleared, it also stops the answer (gradio's own lets it
+    come back), and a question that is taken back stays in the text box (gradio's own empties the box once more).
 
-    The events of an answer have no public name, so this hooks into where gradio makes its stop button.
+    The events of an answer have no public names, so this hooks into where gradio makes them.
     """
+
+    def _setup_events(self) -> None:
+        super()._setup_events()
+        for event in get_blocks_context().fns.values():
+            updates_box = event.outputs == [self.textbox] and not event.inputs and event.fn is not None
+            if (
+                updates_box
+                and not iscoroutinefunction(event.fn)
+                and event.fn() == gr.update(value=None, interactive=True)
+            ):
+                event.fn = partial(gr.update, interactive=True)  # the box was emptied when the question was sent
 
     def _setup_stop_events(self, event_triggers: Any, events_to_cancel: Any, after_success: Any) -> None:
         super()._setup_stop_events(event_triggers, events_to_cancel, after_success)

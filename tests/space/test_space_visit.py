@@ -99,7 +99,6 @@ def test_ask_about_an_upload_retry_undo_and_clear(visit):
     me.clear()
     me.ask("What is in the image?", SAMPLES / "strawberry.png")
     me.wait_for_answer(0).get_by_text("strawberry", exact=True).wait_for()
-    me.page.wait_for_timeout(1000)  # what follows an answer, which would empty the text box after an undo
     me.page.get_by_role("button", name="Retry").click()
     me.page.wait_for_timeout(1000)
     me.page.locator("#message textarea:enabled").wait_for()
@@ -107,6 +106,17 @@ def test_ask_about_an_upload_retry_undo_and_clear(visit):
     me.page.get_by_role("button", name="Undo").click()
     me.answers().first.wait_for(state="detached")
     expect(me.page.locator("#message textarea")).to_have_value("What is in the image?", timeout=PATIENCE)
+
+
+def test_a_question_taken_back_at_once_stays_in_the_box(visit):
+    me = visit()
+    me.clear()
+    for question in ("How many objects are there?", "What is in the image?"):
+        me.ask(question)
+        me.page.get_by_role("button", name="Undo").click()  # as soon as it is there
+        me.answers().first.wait_for(state="detached")
+        me.page.wait_for_timeout(1500)  # what follows an answer takes less
+        expect(me.page.locator("#message textarea")).to_have_value(question)
 
 
 def test_clearing_stops_the_answer_that_is_being_written(visit, monkeypatch):
