@@ -98,13 +98,10 @@ class Chat(gr.ChatInterface):
     def _setup_events(self) -> None:
         super()._setup_events()
         for event in get_blocks_context().fns.values():
-            updates_box = event.outputs == [self.textbox] and not event.inputs and event.fn is not None
-            if (
-                updates_box
-                and not iscoroutinefunction(event.fn)
-                and event.fn() == gr.update(value=None, interactive=True)
-            ):
-                event.fn = partial(gr.update, interactive=True)  # the box was emptied when the question was sent
+            if event.fn is None or event.inputs or event.outputs != [self.textbox] or iscoroutinefunction(event.fn):
+                continue
+            if event.fn() == gr.update(value=None, interactive=True):  # the box was emptied when the question was sent
+                event.fn = partial(gr.update, interactive=True)
 
     def _setup_stop_events(self, event_triggers: Any, events_to_cancel: Any, after_success: Any) -> None:
         super()._setup_stop_events(event_triggers, events_to_cancel, after_success)
