@@ -5,6 +5,8 @@ IMAGE ?= samples/airplane.png
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Two files of tests at a time, each on one core: more threads than cores would wait for each other.
+PYTEST := pytest --numprocesses 2 --dist loadfile
 # Stamps: installed again only when the lists of packages change.
 RUNTIME := $(VENV)/.installed-runtime
 DEMO := $(VENV)/.installed-demo
@@ -18,11 +20,13 @@ help:  ## Show this list
 
 install: $(DEV)  ## Create .venv with everything for use, training, tests
 
+test test-oldest: export OMP_NUM_THREADS = 1
+
 test: lint browser  ## Lint, type check and run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m $(PYTEST)
 
 test-oldest: browser $(OLDEST)  ## Run all tests but those of the Space on the oldest transformers that pyproject.toml allows
-	$(VENV)-oldest/bin/python -m pytest --ignore tests/space
+	$(VENV)-oldest/bin/python -m $(PYTEST) --ignore tests/space
 
 browser:  # the Space is tested in Debian's Chromium; elsewhere, or without root, install one yourself
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \

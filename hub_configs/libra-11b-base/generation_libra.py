@@ -144,6 +144,30 @@ class LibraGenerationMixin:
         processors.append(LibraImageGrammar(self.config, first.wide, first))
         return processors
 
+    def compute_transition_scores(self, sequences, scores, beam_indices=None, normalize_logits=False):
+        """
+        The scores of the generated ids, of text and of images, whose scores differ in width.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(rows, length)`): what `generate()` returned.
+            scores (`tuple` of `torch.FloatTensor`): its scores, one for each step, `(rows * beams, ids)`.
+            beam_indices (`torch.LongTensor` of shape `(rows, steps)`, *optional*):
+                Of beam search: the beam each id is from, negative after the end of a row.
+            normalize_logits (`bool`, *optional*, defaults to `False`): whether to make log-probabilities of the scores.
+
+        Returns:
+            `torch.FloatTensor` of shape `(rows, steps)`: 0 after the end of a row of beam search.
+        """
+        if beam_indices is None:
+            beam_indices = torch.arange(len(scores[0]), device=sequences.device)[:, None].expand(-1, len(scores))
+        has_ended = beam_indices < 0
+        steps = int((~has_ended).sum(dim=1).max())
+        chosen = []
+        for k, ids in enumerate(sequences[:, -steps:].T):
+            step = scores[k].log_softmax(dim=-1) if normalize_logits else scores[k]
+            chosen.append(step[beam_indices[:, k].clamp(min=0), ids])  # (rows,)
+        return torch.stack(chosen, dim=1).masked_fill(has_ended[:, :steps], 0)
+
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, **kwargs):
         """Of a step with a static cache. Several tokens may hold images, whose attention makes masks of its own."""
         if inputs_embeds.shape[1] > 1:

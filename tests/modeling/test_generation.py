@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationMixin, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_libra.cache_libra import CACHE_NAME
@@ -210,6 +210,20 @@ def test_scores_and_logits_are_returned():
     assert [step.shape[1] for step in output.scores] == [CONFIG.total_vocab_size] * (PATCHES + 2) + [V] * 3
     new = output.sequences[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(torch.stack([step.argmax(-1) for step in output.scores], dim=1), new)
+    by_hand = [[step.log_softmax(-1)[row, id] for step, id in zip(output.scores, new[row])] for row in range(2)]
+    computed = MODEL.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+    assert_same(computed, torch.tensor(by_hand), 1e-6)
+
+
+@pytest.mark.parametrize("beams", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_transition_scores_of_text_are_those_of_transformers(beams, normalize):
+    inputs, _ = prompt_inputs(["text", "image, then text"])
+    options = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    output = MODEL.generate(**inputs, **options, **beams)
+    asked = (output.sequences, output.scores, output.get("beam_indices"), normalize)
+    theirs = GenerationMixin.compute_transition_scores(MODEL, *asked)
+    assert_same(MODEL.compute_transition_scores(*asked), theirs, 1e-6)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "implementation"])
