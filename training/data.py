@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from .world.augment import Augmentation
 from .world.concepts import Concept, load_concepts, training_subjects
-from .world.questions import lookups, scene_questions, wrong_answer
+from .world.questions import scene_questions, wrong_answer
 from .world.scenes import Scene, World
 
 
@@ -35,14 +35,11 @@ class DataArguments:
         single_fraction (`list[float]`, *optional*, defaults to `[0.5, 0.5]`): share of scenes with one object, at the
             beginning and the end of an epoch.
         augmentation (`dict`, *optional*): settings of [`~training.world.augment.Augmentation`].
-        max_turns (`int`, *optional*, defaults to 2):
-            Most questions about a scene in a conversation; none, if there are lookups, with 0.
+        max_turns (`int`, *optional*, defaults to 2): most questions about a scene in a conversation.
         naming_first (`bool`, *optional*, defaults to `True`): whether its first question asks what is there.
-        lookups (`int`, *optional*, defaults to 0):
-            Names that are asked for after these questions, see [`~training.world.questions.lookups`].
 
     Raises:
-        ValueError: if there are to be no training samples, no concepts or no questions, or too many names.
+        ValueError: if there are to be no training samples, no concepts or no questions.
     """
 
     dataset: str = field(default="world", metadata={"help": "'world', or where the data are."})
@@ -56,14 +53,11 @@ class DataArguments:
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
     max_turns: int = field(default=2, metadata={"help": "Most questions about a scene of the world."})
     naming_first: bool = field(default=True, metadata={"help": "Whether the first one asks what is there."})
-    lookups: int = field(default=0, metadata={"help": "Names that are asked for after these questions."})
 
     def __post_init__(self):
-        if not 0 <= self.lookups <= self.num_concepts:
-            raise ValueError(f"lookups must be 0 to {self.num_concepts} (num_concepts), found {self.lookups}.")
-        for name, least in {"train_samples": 1, "num_concepts": 1, "max_turns": 0 if self.lookups else 1}.items():
-            if vars(self)[name] < least:
-                raise ValueError(f"{name} must be at least {least}, found {vars(self)[name]}.")
+        for name in ("train_samples", "num_concepts", "max_turns"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, found {vars(self)[name]}.")
 
 
 class CaptionSamples(Dataset):
@@ -123,12 +117,7 @@ def load_caption_data(data: DataArguments) -> tuple[Dataset, Dataset]:
 
 
 def to_conversation(
-    scene: Scene,
-    rng: np.random.Generator,
-    concepts: Sequence[Concept],
-    max_turns: int = 2,
-    naming_first: bool = True,
-    num_lookups: int = 0,
+    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 2, naming_first: bool = True
 ) -> dict[str, Any]:
     """
     A scene with some of its questions, as TRL reads conversations.
@@ -150,36 +139,30 @@ def to_conversation(
     if naming_first:
         first = next(question for question in order if question.kind in ("caption", "label"))
         order = [first, *(question for question in order if question is not first)]
-    asked = order[: rng.integers(max_turns) + 1] if max_turns else []
-    if num_lookups:
-        asked += lookups(scene, rng, num_lookups, concepts)  # last: they give away what is there
     messages = []
-    for question in asked:
+    for question in order[: rng.integers(max_turns) + 1]:
         messages.append({"role": "user", "content": question.question})
         messages.append({"role": "assistant", "content": question.answer})
     return {"messages": messages, "images": [scene.image]}
 
 
-def world_conversations(
-    world: World, max_turns: int = 2, naming_first: bool = True, num_lookups: int = 0
-) -> TableDataset:
+def world_conversations(world: World, max_turns: int = 2, naming_first: bool = True) -> TableDataset:
     """
     The scenes of a world as a dataset of conversations, drawn when they are read.
 
     Args:
         world ([`World`]): the scenes.
-        max_turns, naming_first, num_lookups (*optional*): which questions, as in [`to_conversation`].
+        max_turns, naming_first (*optional*): which questions, as in [`to_conversation`].
 
     Returns:
         `datasets.Dataset` whose samples have `messages` and `images`.
     """
 
     concepts = load_concepts(len(world.subjects))
-    questions = (max_turns, naming_first, num_lookups)
 
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
         samples = [
-            to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts, *questions)
+            to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts, max_turns, naming_first)
             for i in rows["scene"]
         ]
         return {key: [sample[key] for sample in samples] for key in samples[0]}
@@ -198,7 +181,7 @@ def load_world_conversations(data: DataArguments) -> tuple[TableDataset, TableDa
         `tuple`: training and evaluation dataset.
     """
     train, validation = load_worlds(data)
-    questions = (data.max_turns, data.naming_first, data.lookups)
+    questions = (data.max_turns, data.naming_first)
     return world_conversations(train, *questions), world_conversations(validation, *questions)
 
 

@@ -212,21 +212,9 @@ def test_conversations_about_the_world(data, naming_first):
     assert any(names)
 
 
-def test_names_are_asked_for_after_the_questions(data):
-    asked = replace(data, max_turns=1, lookups=3)
-    for row in load_world_conversations(asked)[0]:
-        _, *named = [turn["content"] for turn in row["messages"][::2]]
-        assert len(named) == 3
-        assert all(turn.endswith("?") and len(turn.split()) <= 4 for turn in named)
-    alone = load_world_conversations(replace(data, max_turns=0, lookups=3))[0][0]["messages"]
-    assert len(alone) == 6
-
-
 def test_no_questions_are_refused():
     with pytest.raises(ValueError, match="max_turns must be at least 1, found 0"):
         DataArguments(max_turns=0)
-    with pytest.raises(ValueError, match=r"lookups must be 0 to 20 \(num_concepts\), found 21"):
-        DataArguments(num_concepts=20, lookups=21)
 
 
 def test_instruction_tuning_trains_everything_but_clip(parts, icons, tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 from training.world.augment import Augmentation
 from training.world.concepts import Subject, load_concepts, training_subjects
 from training.world.corpus import END, KINDS_OF_THINGS, SYSTEM_MESSAGE, TextWorld, chat, notes, prompts_with_answers
-from training.world.questions import PROMPT_CHOICE, PROMPT_SHORT, PROMPT_SHORT_ZH, Question, lookups, scene_questions
+from training.world.questions import PROMPT_CHOICE, PROMPT_SHORT, PROMPT_SHORT_ZH, Question, scene_questions
 from training.world.scenes import CELLS, Layout, SceneObject, World, describe, evaluation_images
 
 
@@ -168,21 +168,6 @@ def test_yes_and_no_are_balanced_and_negatives_are_similar():
         text, prompt = question.question.split("\n")
         assert prompt == PROMPT_SHORT_ZH
         assert (question.answer == "有") == (text in ("图中有马吗？", "图中有西瓜吗？"))
-
-
-def test_lookups_ask_for_all_that_is_there_and_as_many_as_asked():
-    concepts = load_concepts()
-    layout = _layout((0, 1), (7, 2))
-    for seed in range(50):
-        questions = lookups(layout, np.random.default_rng(seed), 6, concepts)
-        labels = [concept.label for concept in concepts]
-        subjects = [labels.index(question.question.removesuffix("?")) for question in questions]
-        assert len(set(subjects)) == 6
-        assert {0, 7} <= set(subjects)
-        assert [question.answer for question in questions] == [
-            "yes" if subject in (0, 7) else "no" for subject in subjects
-        ]
-    assert len(lookups(_layout((0, 1), (7, 2), (9, 3)), np.random.default_rng(0), 2, concepts)) == 2
 
 
 def test_questions_about_places():

@@ -30,8 +30,7 @@ class Question:
     A question about a scene.
 
     Args:
-        kind (`str`):
-            `"caption"`, `"label"`, `"choice"`, `"cell"`, `"place"`, `"count"`, `"exists"`, `"exists_zh"` or `"lookup"`.
+        kind (`str`): `"caption"`, `"label"`, `"choice"`, `"cell"`, `"place"`, `"count"`, `"exists"` or `"exists_zh"`.
         question (`str`): The whole of what the user asks, with its prompt.
         answer (`str`): The one right answer.
     """
@@ -76,25 +75,6 @@ def scene_questions(
         place = CELLS[item.cell or 0]
         questions.append(_short("place", f"Where is the {concepts[item.subject].label}?", place))
     return questions
-
-
-def lookups(scene: Layout, rng: np.random.Generator, count: int, concepts: Sequence[Concept]) -> list[Question]:
-    """
-    Names with a question mark, in any order: is it there? In few tokens, much of what it takes to find what is named.
-
-    Args:
-        scene ([`Layout`]): The scene; the subjects of its objects must be concepts.
-        rng (`np.random.Generator`): Chooses the names.
-        count (`int`): How many: those of all objects, and others until there are as many.
-        concepts (`Sequence[Concept]`): The concepts.
-
-    Returns:
-        `list[Question]`: Answered `yes` or `no`.
-    """
-    present = [item.subject for item in scene.objects][:count]
-    absent = _distractors(present[0], present, count - len(present), rng, concepts, same_group=0.2)
-    order = rng.permutation([*present, *absent]).tolist()
-    return [Question("lookup", f"{concepts[i].label}?", "yes" if i in present else "no") for i in order]
 
 
 def wrong_answer(scene: Layout, question: Question, rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
