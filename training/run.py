@@ -11,6 +11,7 @@ A stage's `main` parses its options with [`StageParser`], calls [`announce_run`]
 """
 
 import argparse
+import atexit
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from tqdm.auto import tqdm
 from transformers import (
@@ -114,6 +116,8 @@ def announce_run(args: TrainingArguments, stage: str) -> None:
     check_engine(args)
     if args.process_index == 0:
         print(describe_run(args, stage), flush=True)
+    # A process that ends while threads of its group still work may be aborted, after everything was saved.
+    atexit.register(PartialState().destroy_process_group)
 
 
 def check_steps(args: TrainingArguments) -> None:
