@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -22,6 +23,13 @@ NO_WARNINGS = [
 sys.path.insert(0, str(SPACE))  # its modules lie flat, as on the Hub
 
 
+def free_port() -> int:
+    """Two processes of tests that let gradio look for a port may find the same."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="session")
 def uploads_folder(tmp_path_factory) -> Path:
     """Where gradio keeps what visitors bring."""
@@ -38,7 +46,7 @@ def space(uploads_folder):
         from page import build_page, launch_options
 
         page = build_page()
-        _, address, _ = page.launch(**launch_options(), prevent_thread_lock=True, quiet=True)
+        _, address, _ = page.launch(**launch_options(), server_port=free_port(), prevent_thread_lock=True, quiet=True)
         yield address.rstrip("/")
         page.close()
 

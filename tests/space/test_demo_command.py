@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,13 +10,7 @@ import pytest
 from gradio_client import Client, handle_file
 
 from libra_cli.demo import run_demo
-from tests.space.conftest import REPOSITORY
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.space.conftest import REPOSITORY, free_port
 
 
 def test_demo_serves_the_model_that_is_named(tmp_path):

@@ -11,7 +11,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from tests.space.conftest import NO_WARNINGS, REPOSITORY
+from tests.space.conftest import NO_WARNINGS, REPOSITORY, free_port
 
 pytestmark = NO_WARNINGS
 
@@ -195,7 +195,9 @@ def test_uploads_are_deleted_when_they_are_old(space, uploads_folder, tmp_path, 
     monkeypatch.setattr(page, "KEEP_FILES", (1, 2))  # seconds, in place of an hour
     short_lived = page.build_page()
     try:
-        _, address, _ = short_lived.launch(**page.launch_options(), prevent_thread_lock=True, quiet=True)
+        _, address, _ = short_lived.launch(
+            **page.launch_options(), server_port=free_port(), prevent_thread_lock=True, quiet=True
+        )
         visitor(address).predict(message("What is in the image?", tmp_path / "mine.png"), api_name="/chat")
         uploaded = list(uploads_folder.rglob("mine.png"))
         deadline = time.monotonic() + 60

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from tests.space.conftest import REPOSITORY, SPACE
+from tests.space.conftest import REPOSITORY, SPACE, free_port
 
 SPACES = """
 import functools
@@ -48,6 +48,7 @@ def test_requests_ask_for_the_gpu_and_nothing_does_at_the_start(tmp_path):
         "LIBRA_MODEL": str(REPOSITORY / "hub_configs" / "libra-tiny"),
         "GRADIO_TEMP_DIR": str(tmp_path / "uploads"),
         "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_SERVER_PORT": str(free_port()),
     }
     done = subprocess.run(
         [sys.executable, "-c", VISIT], cwd=SPACE, env=environment, capture_output=True, text=True, timeout=600
