@@ -116,8 +116,6 @@ def announce_run(args: TrainingArguments, stage: str) -> None:
     check_engine(args)
     if args.process_index == 0:
         print(describe_run(args, stage), flush=True)
-    # A process that ends while threads of its group still work may be aborted, after everything was saved.
-    atexit.register(PartialState().destroy_process_group)
 
 
 def check_steps(args: TrainingArguments) -> None:
@@ -265,12 +263,14 @@ def describe_logs(args: TrainingArguments) -> str:
 def run_training(trainer: Trainer) -> None:
     """
     Trains to the end from the last checkpoint, if there is one, and writes `trainer_state.json`, which has the history
-    of the log, to `output_dir`.
+    of the log, to `output_dir`. The process leaves its group when it ends.
 
     Args:
         trainer (`Trainer`): its progress is shown as [`show_progress`] says. A run whose last checkpoint has all steps
             is loaded and not trained.
     """
+    # A process that ends while threads of its group still work may be aborted, after everything was saved.
+    atexit.register(PartialState().destroy_process_group)
     save_whole_checkpoints(trainer)
     trainer.add_callback(StopBeforeExtraStep)
     show_progress(trainer)
