@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from .world.augment import Augmentation
 from .world.concepts import Concept, load_concepts, training_subjects
-from .world.questions import scene_questions, wrong_answer
+from .world.questions import GRID_KINDS, SINGLE_KINDS, scene_questions, wrong_answer
 from .world.scenes import Scene, World
 
 
@@ -36,10 +36,17 @@ class DataArguments:
             beginning and the end of an epoch.
         augmentation (`dict`, *optional*): settings of [`~training.world.augment.Augmentation`].
         max_turns (`int`, *optional*, defaults to 2): most questions about a scene in a conversation.
-        naming_first (`bool`, *optional*, defaults to `True`): whether its first question asks what is there.
+        naming_first (`bool`, *optional*, defaults to `True`): whether its first question asks what is there. A model that
+            cannot name yet learns nothing from the others; one that can should be asked them first as well, or it reads
+            their answers off the name before.
+        kinds (`list[str]`, *optional*): of the questions that those of a conversation are chosen from, of
+            [`~training.world.questions.SINGLE_KINDS`] and [`~training.world.questions.GRID_KINDS`], as often as they are
+            named; by default each kind that fits the scene once.
+        similar (`float`, *optional*, defaults to 1.0): share of the absent things in yes/no questions that are chosen from
+            the group of a present one, which are hard to tell from it; the others are any.
 
     Raises:
-        ValueError: if there are to be no training samples, no concepts or no questions.
+        ValueError: if there are to be no training samples, no concepts or no questions (about some scenes).
     """
 
     dataset: str = field(default="world", metadata={"help": "'world', or where the data are."})
@@ -53,11 +60,29 @@ class DataArguments:
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
     max_turns: int = field(default=2, metadata={"help": "Most questions about a scene of the world."})
     naming_first: bool = field(default=True, metadata={"help": "Whether the first one asks what is there."})
+    kinds: list[str] | None = field(default=None, metadata={"help": "Kinds of questions, as often as named (all)."})
+    similar: float = field(default=1.0, metadata={"help": "Share of absent things that are like a present one."})
 
     def __post_init__(self):
         for name in ("train_samples", "num_concepts", "max_turns"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, found {vars(self)[name]}.")
+        if not 0 <= self.similar <= 1:
+            raise ValueError(f"similar is a share, 0 to 1, found {self.similar}.")
+        if self.kinds is not None:
+            self._check_kinds(set(self.kinds))
+
+    def _check_kinds(self, kinds: set[str]) -> None:
+        """Refuses kinds of questions that there are not, or with which nothing could be asked about some scenes."""
+        if unknown := sorted(kinds - {*SINGLE_KINDS, *GRID_KINDS}):
+            raise ValueError(f"kinds are of {sorted({*SINGLE_KINDS, *GRID_KINDS})}, found {unknown}.")
+        for scenes, fitting in {"singles": SINGLE_KINDS, "grids": GRID_KINDS}.items():
+            if kinds.isdisjoint(fitting):
+                raise ValueError(
+                    f"kinds must have one of {list(fitting)} to ask about {scenes}, found {sorted(kinds)}."
+                )
+        if self.naming_first and "caption" not in kinds:
+            raise ValueError("With naming_first kinds must have 'caption'; add it, or set naming_first to false.")
 
 
 class CaptionSamples(Dataset):
@@ -117,7 +142,7 @@ def load_caption_data(data: DataArguments) -> tuple[Dataset, Dataset]:
 
 
 def to_conversation(
-    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], max_turns: int = 2, naming_first: bool = True
+    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], data: DataArguments
 ) -> dict[str, Any]:
     """
     A scene with some of its questions, as TRL reads conversations.
@@ -126,33 +151,38 @@ def to_conversation(
         scene ([`Scene`]): the scene.
         rng (`np.random.Generator`): chooses the questions.
         concepts (`Sequence[Concept]`): the concepts there are; questions name absent ones too.
-        max_turns (`int`, *optional*, defaults to 2): most questions.
-        naming_first (`bool`, *optional*, defaults to `True`):
-            Whether the first one asks what is there. A model that cannot name yet learns nothing from the others; one
-            that can should be asked them first as well, or it reads their answers off the name before.
+        data ([`DataArguments`]): how many questions, and which.
 
     Returns:
         `dict`: `messages`, alternating user and assistant, and `images`, the one image.
     """
-    questions = scene_questions(scene, rng, concepts)
+    questions = _questions_of_kinds(scene, rng, concepts, data)
     order = [questions[i] for i in rng.permutation(len(questions))]
-    if naming_first:
+    if data.naming_first:
         first = next(question for question in order if question.kind in ("caption", "label"))
         order = [first, *(question for question in order if question is not first)]
     messages = []
-    for question in order[: rng.integers(max_turns) + 1]:
+    for question in order[: rng.integers(data.max_turns) + 1]:
         messages.append({"role": "user", "content": question.question})
         messages.append({"role": "assistant", "content": question.answer})
     return {"messages": messages, "images": [scene.image]}
 
 
-def world_conversations(world: World, max_turns: int = 2, naming_first: bool = True) -> TableDataset:
+def _questions_of_kinds(scene, rng, concepts, data):
+    """What there is to choose from: every kind once, or the wanted ones, as often as they are named."""
+    if data.kinds is None:
+        return scene_questions(scene, rng, concepts, data.similar)
+    rounds = ((kind, scene_questions(scene, rng, concepts, data.similar)) for kind in data.kinds)
+    return [question for kind, questions in rounds for question in questions if question.kind == kind]
+
+
+def world_conversations(world: World, data: DataArguments) -> TableDataset:
     """
     The scenes of a world as a dataset of conversations, drawn when they are read.
 
     Args:
         world ([`World`]): the scenes.
-        max_turns, naming_first (*optional*): which questions, as in [`to_conversation`].
+        data ([`DataArguments`]): how many questions, and which.
 
     Returns:
         `datasets.Dataset` whose samples have `messages` and `images`.
@@ -162,8 +192,7 @@ def world_conversations(world: World, max_turns: int = 2, naming_first: bool = T
 
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
         samples = [
-            to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts, max_turns, naming_first)
-            for i in rows["scene"]
+            to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts, data) for i in rows["scene"]
         ]
         return {key: [sample[key] for sample in samples] for key in samples[0]}
 
@@ -181,8 +210,7 @@ def load_world_conversations(data: DataArguments) -> tuple[TableDataset, TableDa
         `tuple`: training and evaluation dataset.
     """
     train, validation = load_worlds(data)
-    questions = (data.max_turns, data.naming_first)
-    return world_conversations(train, *questions), world_conversations(validation, *questions)
+    return world_conversations(train, data), world_conversations(validation, data)
 
 
 def to_preference(scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept]) -> dict[str, Any]:

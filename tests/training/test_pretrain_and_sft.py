@@ -212,9 +212,36 @@ def test_conversations_about_the_world(data, naming_first):
     assert any(names)
 
 
+def test_kinds_of_questions_as_often_as_they_are_named(data):
+    asked = replace(data, max_turns=100, naming_first=False, kinds=["exists", "exists", "exists", "choice", "place"])
+    conversations = [row["messages"] for row in load_world_conversations(asked)[0]]
+    counts = {
+        (len(turns), sum(turn.startswith("Is there a") for turn in turns)) for turns in map(_asked, conversations)
+    }
+    assert (4, 3) in counts  # all there is to ask, if not fewer are asked
+    assert max(counts) == (4, 3)
+    assert all(
+        turn.startswith(("Is there a", "What is in the image?", "Where is"))
+        for turns in conversations
+        for turn in _asked(turns)
+    )
+
+
+def _asked(messages):
+    return [turn["content"] for turn in messages[::2]]
+
+
 def test_no_questions_are_refused():
     with pytest.raises(ValueError, match="max_turns must be at least 1, found 0"):
         DataArguments(max_turns=0)
+    with pytest.raises(ValueError, match=r"kinds are of \['caption', .*\], found \['exist'\]"):
+        DataArguments(kinds=["exist"])
+    with pytest.raises(ValueError, match=r"kinds must have one of \['caption', .*\] to ask about grids, found"):
+        DataArguments(kinds=["choice", "label"], naming_first=False)
+    with pytest.raises(ValueError, match="similar is a share, 0 to 1, found 30"):
+        DataArguments(similar=30)
+    with pytest.raises(ValueError, match="With naming_first kinds must have 'caption'"):
+        DataArguments(kinds=["exists"])
 
 
 def test_instruction_tuning_trains_everything_but_clip(parts, icons, tmp_path):

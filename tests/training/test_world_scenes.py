@@ -170,6 +170,19 @@ def test_yes_and_no_are_balanced_and_negatives_are_similar():
         assert (question.answer == "有") == (text in ("图中有马吗？", "图中有西瓜吗？"))
 
 
+def test_absent_things_may_be_of_any_group():
+    concepts = load_concepts()
+    group = {concept.label: concept.group for concept in concepts}
+    questions = [
+        question.question
+        for seed in range(100)
+        for question in scene_questions(_layout((0, None)), np.random.default_rng(seed), concepts, similar=0.0)
+        if question.kind == "exists" and question.answer == "no"
+    ]
+    asked = [re.search(r"Is there an? (.+) in the image", question) for question in questions]
+    assert len({group[label[1]] for label in asked if label}) > 2
+
+
 def test_questions_about_places():
     found = _questions(_layout((0, 1), (10, 2)))
     assert set(found) == {"caption", "count", "exists", "exists_zh", "cell", "place"}

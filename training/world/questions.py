@@ -23,6 +23,12 @@ PROMPT_SHORT_ZH = "请直接回答。"
 LETTERS = "ABCD"
 """Letters of the options."""
 
+SINGLE_KINDS = ("caption", "count", "exists", "exists_zh", "label", "choice")
+"""Kinds of questions about a single."""
+
+GRID_KINDS = ("caption", "count", "exists", "exists_zh", "cell", "place")
+"""Kinds of questions about a grid."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -30,7 +36,7 @@ class Question:
     A question about a scene.
 
     Args:
-        kind (`str`): `"caption"`, `"label"`, `"choice"`, `"cell"`, `"place"`, `"count"`, `"exists"` or `"exists_zh"`.
+        kind (`str`): One of [`SINGLE_KINDS`] or [`GRID_KINDS`].
         question (`str`): The whole of what the user asks, with its prompt.
         answer (`str`): The one right answer.
     """
@@ -46,7 +52,7 @@ def with_article(label: str) -> str:
 
 
 def scene_questions(
-    scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept] | None = None
+    scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept] | None = None, similar: float = 1.0
 ) -> list[Question]:
     """
     One question of each kind that fits a scene.
@@ -55,6 +61,9 @@ def scene_questions(
         scene ([`Layout`]): The scene; the subjects of its objects must be concepts.
         rng (`np.random.Generator`): Chooses what is asked.
         concepts (`Sequence[Concept]`, *optional*): The concepts; by default the 100 of the world.
+        similar (`float`, *optional*, defaults to 1.0):
+            Share of the absent things in yes/no questions that are chosen from the group of a present one; the others
+            are any.
 
     Returns:
         `list[Question]`: In a fixed order of kinds.
@@ -63,8 +72,8 @@ def scene_questions(
     questions = [
         Question("caption", PROMPT_CAPTION, scene.caption),
         _short("count", "How many objects are there?", str(len(scene.objects))),
-        _exists(scene, rng, concepts),
-        _exists_zh(scene, rng, concepts),
+        _exists(scene, rng, concepts, similar),
+        _exists_zh(scene, rng, concepts, similar),
     ]
     if scene.is_single:
         questions.append(_short("label", "What is in the image?", concepts[scene.objects[0].subject].label))
@@ -116,13 +125,15 @@ def _cell(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) 
     return _short("cell", f"What is in the {CELLS[cell]}?", by_cell.get(cell, "nothing"))
 
 
-def _asked_concept(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> tuple[int, bool]:
-    """A concept to ask for and whether it is there, half and half; an absent one is of a present one's group."""
+def _asked_concept(
+    scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept], similar: float
+) -> tuple[int, bool]:
+    """A concept to ask for and whether it is there, half and half; an absent one may be of a present one's group."""
     present = [item.subject for item in scene.objects]
     item = present[int(rng.integers(len(present)))]
     if rng.random() < 0.5:
         return item, True
-    return _distractors(item, present, 1, rng, concepts, same_group=1.0)[0], False
+    return _distractors(item, present, 1, rng, concepts, same_group=similar)[0], False
 
 
 def _distractors(
@@ -143,14 +154,14 @@ def _distractors(
     return chosen
 
 
-def _exists(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> Question:
-    asked, present = _asked_concept(scene, rng, concepts)
+def _exists(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept], similar: float) -> Question:
+    asked, present = _asked_concept(scene, rng, concepts, similar)
     question = f"Is there {with_article(concepts[asked].label)} in the image?"
     return _short("exists", question, "yes" if present else "no")
 
 
-def _exists_zh(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> Question:
-    asked, present = _asked_concept(scene, rng, concepts)
+def _exists_zh(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept], similar: float) -> Question:
+    asked, present = _asked_concept(scene, rng, concepts, similar)
     question = f"图中有{concepts[asked].zh}吗？\n{PROMPT_SHORT_ZH}"
     return Question("exists_zh", question, "有" if present else "没有")
 
