@@ -42,6 +42,8 @@ class DataArguments:
         kinds (`list[str]`, *optional*): of the questions that those of a conversation are chosen from, of
             [`~training.world.questions.SINGLE_KINDS`] and [`~training.world.questions.GRID_KINDS`], as often as they are
             named; by default each kind that fits the scene once.
+        kinds_share (`float`, *optional*, defaults to 1.0): share of the conversations that are about `kinds`; in the others
+            all kinds are asked, so that they are not forgotten.
         similar (`float`, *optional*, defaults to 1.0): share of the absent things in yes/no questions that are chosen from
             the group of a present one, which are hard to tell from it; the others are any.
 
@@ -61,14 +63,16 @@ class DataArguments:
     max_turns: int = field(default=2, metadata={"help": "Most questions about a scene of the world."})
     naming_first: bool = field(default=True, metadata={"help": "Whether the first one asks what is there."})
     kinds: list[str] | None = field(default=None, metadata={"help": "Kinds of questions, as often as named (all)."})
+    kinds_share: float = field(default=1.0, metadata={"help": "Share of the conversations that are about these kinds."})
     similar: float = field(default=1.0, metadata={"help": "Share of absent things that are like a present one."})
 
     def __post_init__(self):
         for name in ("train_samples", "num_concepts", "max_turns"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, found {vars(self)[name]}.")
-        if not 0 <= self.similar <= 1:
-            raise ValueError(f"similar is a share, 0 to 1, found {self.similar}.")
+        for name in ("kinds_share", "similar"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise ValueError(f"{name} is a share, 0 to 1, found {vars(self)[name]}.")
         if self.kinds is not None:
             self._check_kinds(set(self.kinds))
 
@@ -170,7 +174,7 @@ def to_conversation(
 
 def _questions_of_kinds(scene, rng, concepts, data):
     """What there is to choose from: every kind once, or the wanted ones, as often as they are named."""
-    if data.kinds is None:
+    if data.kinds is None or rng.random() >= data.kinds_share:
         return scene_questions(scene, rng, concepts, data.similar)
     rounds = ((kind, scene_questions(scene, rng, concepts, data.similar)) for kind in data.kinds)
     return [question for kind, questions in rounds for question in questions if question.kind == kind]

@@ -227,6 +227,14 @@ def test_kinds_of_questions_as_often_as_they_are_named(data):
     )
 
 
+def test_a_share_of_the_conversations_is_about_all_kinds(data):
+    """So that the other kinds are not forgotten."""
+    asked = replace(data, max_turns=100, naming_first=False, kinds=["exists"], kinds_share=0.5)
+    conversations = [_asked(row["messages"]) for row in load_world_conversations(asked)[0]]
+    about_kinds = [all(turn.startswith("Is there a") for turn in turns) for turns in conversations]
+    assert 10 < sum(about_kinds) < 30  # of 40
+
+
 def _asked(messages):
     return [turn["content"] for turn in messages[::2]]
 
