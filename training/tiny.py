@@ -42,16 +42,21 @@ def _training(name: str, script: str, config: str, done: str, processes: int = 1
     return Stage(name, command, Path("runs/tiny") / name / done)
 
 
-STAGES = (
+TRAINING = (
     _training("clip", "train_clip", "clip", "metrics.json"),
     _training("tokenizer", "train_image_tokenizer", "image_tokenizer", "metrics.json"),
     _training("decoder", "train_image_tokenizer", "decoder", "metrics.json"),
     _training("llm", "train_llm", "llm", "metrics.json"),
     _training("pretrain", "pretrain", "pretrain", "model.safetensors", processes=2),
     _training("sft", "sft", "sft", "model.safetensors", processes=2),
+    _training("few_names", "sft", "few_names", "model.safetensors", processes=2),
+    _training("names", "sft", "names", "model.safetensors", processes=2),
+)
+STAGES = (
+    *TRAINING,
     Stage(
         "export",
-        ("libra_cli.main", "export", "runs/tiny/sft", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
+        ("libra_cli.main", "export", "runs/tiny/names", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
         Path("runs/tiny/libra-tiny/model.safetensors"),
     ),
     Stage(
@@ -59,7 +64,7 @@ STAGES = (
         (
             *("training.evaluate_tiny", "--model", "runs/tiny/libra-tiny", "--write-card"),
             *("--output", "runs/tiny/evaluation.json", "--runs"),
-            *(f"runs/tiny/{name}" for name in ("clip", "tokenizer", "decoder", "llm", "pretrain", "sft")),
+            *(f"runs/tiny/{stage.name}" for stage in TRAINING),
         ),
         Path("runs/tiny/evaluation.json"),
     ),
