@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from .world.augment import Augmentation
 from .world.concepts import Concept, load_concepts, training_subjects
-from .world.questions import GRID_KINDS, SINGLE_KINDS, scene_questions, wrong_answer
+from .world.questions import GRID_KINDS, SINGLE_KINDS, scene_questions, without_prompt, wrong_answer
 from .world.scenes import Scene, World
 
 
@@ -47,6 +47,9 @@ class DataArguments:
         similar (`float`, *optional*, defaults to 1.0): share of the absent things in yes/no questions that are chosen from
             the group of a present one, which are hard to tell from it; the others are any.
 
+        bare_share (`float`, *optional*, defaults to 0.0): share of the questions that are asked without the prompt of their
+            kind, as users ask them.
+
     Raises:
         ValueError: if there are to be no training samples, no concepts or no questions (about some scenes).
     """
@@ -65,12 +68,13 @@ class DataArguments:
     kinds: list[str] | None = field(default=None, metadata={"help": "Kinds of questions, as often as named (all)."})
     kinds_share: float = field(default=1.0, metadata={"help": "Share of the conversations that are about these kinds."})
     similar: float = field(default=1.0, metadata={"help": "Share of absent things that are like a present one."})
+    bare_share: float = field(default=0.0, metadata={"help": "Share of the questions without their prompt."})
 
     def __post_init__(self):
         for name in ("train_samples", "num_concepts", "max_turns"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, found {vars(self)[name]}.")
-        for name in ("kinds_share", "similar"):
+        for name in ("kinds_share", "similar", "bare_share"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"{name} is a share, 0 to 1, found {vars(self)[name]}.")
         if self.kinds is not None:
@@ -167,7 +171,9 @@ def to_conversation(
         order = [first, *(question for question in order if question is not first)]
     messages = []
     for question in order[: rng.integers(data.max_turns) + 1]:
-        messages.append({"role": "user", "content": question.question})
+        bare = rng.random() < data.bare_share
+        asked = without_prompt(question.question) if bare else question.question
+        messages.append({"role": "user", "content": asked})
         messages.append({"role": "assistant", "content": question.answer})
     return {"messages": messages, "images": [scene.image]}
 

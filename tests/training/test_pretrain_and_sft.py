@@ -14,7 +14,7 @@ from tests.training.libra_parts import make_parts
 from training import pretrain, sft
 from training.data import DataArguments, load_caption_data, load_world_conversations
 from training.pretrain import LibraPretrainer, PretrainCollator, freeze_language_model
-from training.world.questions import PROMPT_CAPTION
+from training.world.questions import PROMPT_CAPTION, PROMPT_CHOICE, PROMPT_SHORT
 
 SHORT = """
 dataset: world
@@ -233,6 +233,14 @@ def test_a_share_of_the_conversations_is_about_all_kinds(data):
     conversations = [_asked(row["messages"]) for row in load_world_conversations(asked)[0]]
     about_kinds = [all(turn.startswith("Is there a") for turn in turns) for turns in conversations]
     assert 10 < sum(about_kinds) < 30  # of 40
+
+
+def test_questions_without_their_prompts(data):
+    asked = replace(data, max_turns=100, naming_first=False, bare_share=1.0)
+    turns = [turn for row in load_world_conversations(asked)[0] for turn in _asked(row["messages"])]
+    assert {"What is in the image?", "How many objects are there?", PROMPT_CAPTION} <= set(turns)
+    assert not any(turn.endswith((PROMPT_SHORT, PROMPT_CHOICE)) for turn in turns)
+    assert any(turn.startswith("What is in the image?\nA. ") for turn in turns)
 
 
 def _asked(messages):

@@ -46,6 +46,11 @@ class Question:
     answer: str
 
 
+def without_prompt(question: str) -> str:
+    """What a user may ask who does not know the prompts: `question` less its last line, unless that is all of it."""
+    return question.rpartition("\n")[0] or question
+
+
 def with_article(label: str) -> str:
     """`"a horse"`, `"an ant"`."""
     return f"{'an' if label[0].lower() in 'aeiou' else 'a'} {label}"
