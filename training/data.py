@@ -46,7 +46,6 @@ class DataArguments:
             all kinds are asked, so that they are not forgotten.
         similar (`float`, *optional*, defaults to 1.0): share of the absent things in yes/no questions that are chosen from
             the group of a present one, which are hard to tell from it; the others are any.
-
         bare_share (`float`, *optional*, defaults to 0.0): share of the questions that are asked without the prompt of their
             kind, as users ask them.
 

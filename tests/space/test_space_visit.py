@@ -73,6 +73,10 @@ class Visitor:
     def answers(self):
         return self.page.locator("#conversation [data-testid=bot]")
 
+    def wait_for_text(self, number, text):
+        """Waits until an answer is `text`; says what it is if it is something else."""
+        expect(self.answers().nth(number)).to_have_text(text, timeout=PATIENCE)
+
     def wait_for_answer(self, number):
         self.answers().nth(number).wait_for()
         return self.answers().nth(number)
@@ -98,11 +102,11 @@ def test_ask_about_an_upload_retry_undo_and_clear(visit):
     assert me.answers().count() == 2  # the worked example
     me.clear()
     me.ask("What is in the image?", SAMPLES / "strawberry.png")
-    me.wait_for_answer(0).get_by_text("strawberry", exact=True).wait_for()
+    me.wait_for_text(0, "strawberry")
     me.page.get_by_role("button", name="Retry").click()
     me.page.wait_for_timeout(1000)
     me.page.locator("#message textarea:enabled").wait_for()
-    me.wait_for_answer(0).get_by_text("strawberry", exact=True).wait_for()
+    me.wait_for_text(0, "strawberry")
     me.page.get_by_role("button", name="Undo").click()
     me.answers().first.wait_for(state="detached")
     expect(me.page.locator("#message textarea")).to_have_value("What is in the image?", timeout=PATIENCE)
@@ -141,7 +145,7 @@ def test_clearing_stops_the_answer_that_is_being_written(visit, monkeypatch):
     assert closed.wait(timeout=PATIENCE / 1000)
     monkeypatch.undo()
     me.ask("What is in the image?", SAMPLES / "strawberry.png")
-    me.wait_for_answer(0).get_by_text("strawberry", exact=True).wait_for()
+    me.wait_for_text(0, "strawberry")
     assert me.answers().count() == 1
     assert me.page.locator("#conversation").get_by_text("word").count() == 0
 
@@ -151,7 +155,7 @@ def test_an_image_is_pasted(visit):
     me.clear()
     me.paste(SAMPLES / "strawberry.png")
     me.ask("What is in the image?")
-    me.wait_for_answer(0).get_by_text("strawberry", exact=True).wait_for()
+    me.wait_for_text(0, "strawberry")
 
 
 def test_wrong_file_is_explained_and_the_chat_goes_on(visit, tmp_path):
@@ -161,7 +165,7 @@ def test_wrong_file_is_explained_and_the_chat_goes_on(visit, tmp_path):
     me.page.get_by_text("broken.png is not an image").wait_for()
     me.clear()
     me.ask("What is in the image?", SAMPLES / "strawberry.png")
-    me.wait_for_answer(0).get_by_text("strawberry", exact=True).wait_for()
+    me.wait_for_text(0, "strawberry")
 
 
 def test_two_visitors_at_once_see_their_own_answers(visit):
@@ -170,8 +174,8 @@ def test_two_visitors_at_once_see_their_own_answers(visit):
     other.clear()
     one.ask("What is in the image?", SAMPLES / "strawberry.png")
     other.ask("What is in the image?", SAMPLES / "airplane.png")
-    one.wait_for_answer(0).get_by_text("strawberry", exact=True).wait_for()
-    other.wait_for_answer(0).get_by_text("airplane", exact=True).wait_for()
+    one.wait_for_text(0, "strawberry")
+    other.wait_for_text(0, "airplane")
     assert other.page.locator("#conversation").get_by_text("strawberry").count() == 0
 
 

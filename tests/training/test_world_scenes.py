@@ -10,7 +10,15 @@ from PIL import Image
 from training.world.augment import Augmentation
 from training.world.concepts import Subject, load_concepts, training_subjects
 from training.world.corpus import END, KINDS_OF_THINGS, SYSTEM_MESSAGE, TextWorld, chat, notes, prompts_with_answers
-from training.world.questions import PROMPT_CHOICE, PROMPT_SHORT, PROMPT_SHORT_ZH, Question, scene_questions
+from training.world.questions import (
+    GRID_KINDS,
+    PROMPT_CHOICE,
+    PROMPT_SHORT,
+    PROMPT_SHORT_ZH,
+    SINGLE_KINDS,
+    Question,
+    scene_questions,
+)
 from training.world.scenes import CELLS, Layout, SceneObject, World, describe, evaluation_images
 
 
@@ -138,7 +146,7 @@ def _questions(layout: Layout, rounds: int = 40) -> dict[str, list[Question]]:
 
 def test_questions_about_a_single():
     found = _questions(_layout((0, None)))
-    assert set(found) == {"caption", "count", "exists", "exists_zh", "label", "choice"}
+    assert set(found) == set(SINGLE_KINDS)
     assert found["label"][0].question == f"What is in the image?\n{PROMPT_SHORT}"
     assert found["label"][0].answer == "horse"
     assert found["count"][0].answer == "1"
@@ -185,7 +193,7 @@ def test_absent_things_may_be_of_any_group():
 
 def test_questions_about_places():
     found = _questions(_layout((0, 1), (10, 2)))
-    assert set(found) == {"caption", "count", "exists", "exists_zh", "cell", "place"}
+    assert set(found) == set(GRID_KINDS)
     where = {"top right": "horse", "bottom left": "watermelon"}
     for question in found["cell"]:
         cell = question.question.split("\n")[0].removeprefix("What is in the ").removesuffix("?")
