@@ -89,30 +89,56 @@ def worked_example() -> Any:
 
 class Chat(gr.ChatInterface):
     """
-    A chat in which what a visitor does while an answer ends stands: cleared, it also stops the answer (gradio's own lets it
-    come back), and a question that is taken back stays in the text box (gradio's own empties the box once more).
+    A chat in which what a visitor does while an answer ends stands: cleared, it stops the answer, and nothing of it comes back
+    (gradio's own puts it back, on the page and into what the model reads); a question that is taken back stays in the text box
+    (gradio's own empties the box once more); and what is retried is what the page shows (gradio's own looks at a copy that
+    may not have the last answer yet).
 
     The events of an answer have no public names, so this hooks into where gradio makes them.
     """
 
     def _setup_events(self) -> None:
+        self.cleared = gr.State(False)  # since the last question
         super()._setup_events()
+        copies = [self.chatbot_state, self.chatbot_value]
+        begun = ([self.textbox, self.saved_input], [self.chatbot_state, self.saved_input])  # asked, retried
         for event in get_blocks_context().fns.values():
-            if event.fn is None or event.inputs or event.outputs != [self.textbox] or iscoroutinefunction(event.fn):
-                continue
-            if event.fn() == gr.update(value=None, interactive=True):  # the box was emptied when the question was sent
+            if event.outputs in begun:
+                event.fn = partial(_not_cleared, event.fn)
+                event.inputs = [self.chatbot if block is self.chatbot_state else block for block in event.inputs]
+                event.outputs = [*event.outputs, self.cleared]
+            elif event.inputs == [self.chatbot] and event.outputs == copies:  # the answer is complete, or was stopped
+                event.fn = _copies
+                event.inputs, event.outputs = [self.chatbot, self.cleared], [*copies, self.chatbot]
+            elif event.outputs == [self.textbox] and self._empties_box(event):  # which the question itself did before
                 event.fn = partial(gr.update, interactive=True)
+
+    def _empties_box(self, event: Any) -> bool:
+        """Whether an event that takes nothing frees the text box for the next question and empties it."""
+        if event.fn is None or event.inputs or iscoroutinefunction(event.fn):
+            return False
+        return event.fn() == gr.update(value=None, interactive=True)
 
     def _setup_stop_events(self, event_triggers: Any, events_to_cancel: Any, after_success: Any) -> None:
         super()._setup_stop_events(event_triggers, events_to_cancel, after_success)
         self.chatbot.clear(
-            lambda: ([], [], []),  # once more, after the last word that was still on its way
+            lambda: ([], [], [], True),
             None,
-            [self.chatbot, self.chatbot_state, self.chatbot_value],
+            [self.chatbot, self.chatbot_state, self.chatbot_value, self.cleared],
             cancels=events_to_cancel,
             queue=False,
             api_visibility="undocumented",
         )
+
+
+def _not_cleared(fn: Any, *inputs: Any) -> tuple:
+    """What the first event of a question gives, and that the chat was not cleared since."""
+    return *fn(*inputs), False
+
+
+def _copies(shown: list[Any], cleared: bool) -> tuple[Any, Any, Any]:
+    """The server's two copies of the chat, and the chat itself, empty if words came to it after it was cleared."""
+    return ([], [], []) if cleared else (shown, shown, gr.skip())
 
 
 def build_chat() -> None:

@@ -198,10 +198,11 @@ def test_max_tokens_and_sampling(client):
     answer = ask(client, data_uri(AIRPLANE), max_tokens=2)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 2
-    # hot enough that one answer is nearly never given twice; greedy would give it four times
-    hot = {ask(client, data_uri(AIRPLANE), temperature=2, max_tokens=12).choices[0].message.content for _ in range(4)}
-    assert len(hot) > 1
-    assert ask(client, data_uri(AIRPLANE), temperature=0).choices[0].message.content.strip() == "airplane"
+    greedy = ask(client, data_uri(AIRPLANE), temperature=0).choices[0].message.content
+    assert greedy.strip() == "airplane"
+    # hot, two answers of five are the greedy one: that all of twenty are is out of the question
+    hot = (ask(client, data_uri(AIRPLANE), temperature=2, max_tokens=12).choices[0].message.content for _ in range(20))
+    assert any(answer != greedy for answer in hot)
 
 
 def test_the_last_token_may_be_the_end(client):
