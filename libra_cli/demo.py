@@ -1,6 +1,7 @@
 """The Gradio Space of `spaces_demo/`, on this machine."""
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ SPACE = Path(__file__).resolve().parent.parent / "spaces_demo"
 
 def run_demo(model: str, port: int | None = None) -> None:
     """
-    Serves the Space until it is interrupted.
+    Serves the Space until it is interrupted or terminated.
 
     It runs in a process of its own, as on the Hub: with the code of the model's repository, and nothing of this package.
 
@@ -34,6 +35,11 @@ def run_demo(model: str, port: int | None = None) -> None:
     environment = {**os.environ, MODEL_VARIABLE: path}
     if port is not None:
         environment["GRADIO_SERVER_PORT"] = str(port)
-    served = subprocess.run([sys.executable, str(SPACE / "app.py")], env=environment)
-    if served.returncode > 0:
-        raise ValueError(f"The Space ended with code {served.returncode}; what it said stands above.")
+    with subprocess.Popen([sys.executable, str(SPACE / "app.py")], env=environment) as space:
+        before = signal.signal(signal.SIGTERM, lambda *_: space.terminate())  # or it would go on without us
+        try:
+            code = space.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code > 0:
+        raise ValueError(f"The Space ended with code {code}; what it said stands above.")

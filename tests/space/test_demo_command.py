@@ -50,3 +50,19 @@ def test_demo_serves_the_model_that_is_named(tmp_path):
 def test_a_model_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="There is no folder 'nowhere'"):
         run_demo("nowhere")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes of Windows cannot be asked to end")
+def test_the_space_ends_with_the_command(tmp_path):
+    (tmp_path / "app.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    program = (
+        "import pathlib, sys, libra_cli.demo as demo; demo.SPACE = pathlib.Path(sys.argv[1]); "
+        "demo.run_demo('hub_configs/libra-tiny')"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as demo:
+        space = int(demo.stdout.readline())
+        demo.terminate()
+        assert demo.wait(timeout=120) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(space, 0)
