@@ -2,8 +2,10 @@
 
 import threading
 
+import gradio as gr
 import numpy as np
 import pytest
+from chat_tab import Chat
 from conversation import REFUSED, read_history
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,3 +152,23 @@ def test_a_half_image_is_explained(tmp_path):
     path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(VisitorError, match="broken or cut short"):
         open_image(path)
+
+
+def test_gradio_has_the_events_that_the_chat_changes():
+    def answer(message, history):
+        yield "words"
+
+    with gr.Blocks() as page:
+        chat = Chat(answer, multimodal=True)
+    events = list(page.fns.values())
+    assert sum(event.outputs[-1:] == [chat.cleared] for event in events) == 3  # asked, retried, cleared
+    frees = [event.fn() for event in events if getattr(event.fn, "func", None) is gr.update]
+    assert frees == [gr.update(interactive=True)]  # the box, after an answer, and does not empty it
+
+    copies = [chat.chatbot_state, chat.chatbot_value]
+    ended = [event for event in events if event.inputs[:1] == [chat.chatbot] and event.outputs[:2] == copies]
+    assert len(ended) >= 4  # asked, retried, undone, cleared
+    for event in ended:
+        assert event.inputs == [chat.chatbot, chat.cleared]
+        assert event.fn(["words"], True) == ([], [], [])
+        assert event.fn(["words"], False) == (["words"], ["words"], gr.skip())
