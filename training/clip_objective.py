@@ -2,7 +2,8 @@
 
 Libra reads CLIP's patches, not its class token. So besides the usual contrast of whole images (class token) with their
 captions, the mean of the patches under an object is contrasted with the object's name, and a linear map of it predicts
-what a frozen teacher sees in the object's clean drawing.
+what a frozen teacher sees in the object's clean drawing. Each of these patches alone is contrasted with the name, too, and
+tells its place by a linear map: what is looked for by its name is looked for patch by patch.
 """
 
 from collections.abc import Sequence
@@ -65,6 +66,24 @@ def pool_regions(patches: torch.Tensor) -> torch.Tensor:
     half = round(count**0.5) // 2
     quarters = patches.view(images, 2, half, 2, half, width).mean(dim=(2, 4)).flatten(1, 2)  # (images, 4, width)
     return torch.cat([patches.mean(dim=1, keepdim=True), quarters], dim=1)
+
+
+def patch_regions(regions: torch.Tensor, grid: int) -> torch.Tensor:
+    """
+    What each patch is part of.
+
+    Args:
+        regions (`torch.Tensor`): int64 `(images, 5)`, one number a region, negative for regions without a name.
+        grid (`int`): Patches of a row, even.
+
+    Returns:
+        `torch.Tensor`: int64 `(images, grid * grid)`: the number of the patch's quarter, or of the whole image if its
+        quarters have no names.
+    """
+    is_second_half = (torch.arange(grid, device=regions.device) >= grid // 2).long()
+    quarter = (1 + 2 * is_second_half[:, None] + is_second_half).flatten()  # (grid * grid,)
+    of_quarter = regions[:, quarter]  # (images, grid * grid)
+    return torch.where(of_quarter >= 0, of_quarter, regions[:, :1])
 
 
 def region_features(model: CLIPModel, patches: torch.Tensor) -> torch.Tensor:
@@ -152,6 +171,8 @@ class ClipObjective(nn.Module):
         caption_weight (`float`, *optional*, defaults to 0.3): Weight of the contrast of images with captions.
         region_weight (`float`, *optional*, defaults to 1.0): Weight of the contrast of regions with names.
         teacher_weight (`float`, *optional*, defaults to 3.0): Weight of the distance to the teacher.
+        patch_weight (`float`, *optional*, defaults to 1.0): Weight of the cross entropy of single patches and names.
+        place_weight (`float`, *optional*, defaults to 0.1): Weight of the cross entropy of single patches and places.
     """
 
     def __init__(
@@ -161,11 +182,17 @@ class ClipObjective(nn.Module):
         caption_weight: float = 0.3,
         region_weight: float = 1.0,
         teacher_weight: float = 3.0,
+        patch_weight: float = 1.0,
+        place_weight: float = 0.1,
     ) -> None:
         super().__init__()
         self.clip = clip
+        vision = clip.config.vision_config
+        self.grid = vision.image_size // vision.patch_size
+        self.place_head = nn.Linear(clip.vision_embed_dim, self.grid**2)
         self.teacher_head = None if teacher_width is None else nn.Linear(clip.vision_embed_dim, teacher_width)
         self.weights = {"caption": caption_weight, "region": region_weight, "teacher": teacher_weight}
+        self.weights |= {"patch": patch_weight, "place": place_weight}
 
     def forward(
         self,
@@ -199,6 +226,13 @@ class ClipObjective(nn.Module):
         if len(named):
             features = region_features(clip, patches).flatten(0, 1)[named]  # (named, projection)
             terms["region"] = contrast(scale * features @ texts[: int(num_names)].T, regions[named])
+            patch_names = patch_regions(regions.view(-1, NUM_REGIONS), self.grid)  # (images, patches)
+            shown = patch_names >= 0
+            single = clip.visual_projection(clip.vision_model.post_layernorm(patches[shown]))  # (shown, projection)
+            logits = scale * F.normalize(single, dim=-1) @ texts[: int(num_names)].T
+            terms["patch"] = F.cross_entropy(logits, patch_names[shown])
+        places = torch.arange(self.grid**2, device=patches.device).expand(len(patches), -1)  # (images, patches)
+        terms["place"] = F.cross_entropy(self.place_head(patches).flatten(0, 1), places.flatten())
         if teacher is not None and self.teacher_head is not None and len(teacher):
             guess = self.teacher_head(pool_regions(patches).flatten(0, 1)[taught])  # (taught, teacher width)
             terms["teacher"] = 1 - F.cosine_similarity(guess, teacher, dim=-1).mean()

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from .world.augment import Augmentation
 from .world.concepts import Concept, load_concepts, training_subjects
+from .world.corpus import describe_places
 from .world.questions import GRID_KINDS, SINGLE_KINDS, scene_questions, without_prompt, wrong_answer
-from .world.scenes import Scene, World
+from .world.scenes import Layout, Scene, World
 
 
 @dataclass
@@ -48,6 +49,9 @@ class DataArguments:
             the group of a present one, which are hard to tell from it; the others are any.
         bare_share (`float`, *optional*, defaults to 0.0): share of the questions that are asked without the prompt of their
             kind, as users ask them.
+        text_share (`float`, *optional*, defaults to 0.0): share of the conversations about a line of text that says what
+            is where, without an image. The language model learns from them to look up what it is asked, and images only
+            have to become as readable to it as the line is.
 
     Raises:
         ValueError: if there are to be no training samples, no concepts or no questions (about some scenes).
@@ -68,12 +72,13 @@ class DataArguments:
     kinds_share: float = field(default=1.0, metadata={"help": "Share of the conversations that are about these kinds."})
     similar: float = field(default=1.0, metadata={"help": "Share of absent things that are like a present one."})
     bare_share: float = field(default=0.0, metadata={"help": "Share of the questions without their prompt."})
+    text_share: float = field(default=0.0, metadata={"help": "Share of the conversations about a line of text."})
 
     def __post_init__(self):
         for name in ("train_samples", "num_concepts", "max_turns"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, found {vars(self)[name]}.")
-        for name in ("kinds_share", "similar", "bare_share"):
+        for name in ("kinds_share", "similar", "bare_share", "text_share"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"{name} is a share, 0 to 1, found {vars(self)[name]}.")
         if self.kinds is not None:
@@ -149,32 +154,35 @@ def load_caption_data(data: DataArguments) -> tuple[Dataset, Dataset]:
 
 
 def to_conversation(
-    scene: Scene, rng: np.random.Generator, concepts: Sequence[Concept], data: DataArguments
+    scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept], data: DataArguments
 ) -> dict[str, Any]:
     """
-    A scene with some of its questions, as TRL reads conversations.
+    A scene with some of its questions, as TRL reads conversations. No question comes twice.
 
     Args:
-        scene ([`Scene`]): the scene.
+        scene ([`Scene`] or [`Layout`]): the scene; what is where in a layout, which has no image, a line before the first
+            question says.
         rng (`np.random.Generator`): chooses the questions.
         concepts (`Sequence[Concept]`): the concepts there are; questions name absent ones too.
         data ([`DataArguments`]): how many questions, and which.
 
     Returns:
-        `dict`: `messages`, alternating user and assistant, and `images`, the one image.
+        `dict`: `messages`, alternating user and assistant, and `images`, the one image or none.
     """
+    images = [scene.image] if isinstance(scene, Scene) else []
+    shown = [] if images else [describe_places(scene, rng, concepts)]
     questions = _questions_of_kinds(scene, rng, concepts, data)
     order = [questions[i] for i in rng.permutation(len(questions))]
     if data.naming_first:
         first = next(question for question in order if question.kind in ("caption", "label"))
         order = [first, *(question for question in order if question is not first)]
-    messages = []
+    messages: list[dict[str, str]] = []
     for question in order[: rng.integers(data.max_turns) + 1]:
         bare = rng.random() < data.bare_share
         asked = without_prompt(question.question) if bare else question.question
-        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "user", "content": "\n".join([*(shown if not messages else []), asked])})
         messages.append({"role": "assistant", "content": question.answer})
-    return {"messages": messages, "images": [scene.image]}
+    return {"messages": messages, "images": images}
 
 
 def _questions_of_kinds(scene, rng, concepts, data):
@@ -182,7 +190,8 @@ def _questions_of_kinds(scene, rng, concepts, data):
     if data.kinds is None or rng.random() >= data.kinds_share:
         return scene_questions(scene, rng, concepts, data.similar)
     rounds = ((kind, scene_questions(scene, rng, concepts, data.similar)) for kind in data.kinds)
-    return [question for kind, questions in rounds for question in questions if question.kind == kind]
+    asked = {q.question: q for kind, questions in rounds for q in questions if q.kind == kind}
+    return list(asked.values())
 
 
 def world_conversations(world: World, data: DataArguments) -> TableDataset:
@@ -199,10 +208,14 @@ def world_conversations(world: World, data: DataArguments) -> TableDataset:
 
     concepts = load_concepts(len(world.subjects))
 
+    def draw_one(index: int) -> dict[str, Any]:
+        rng = np.random.default_rng([world.seed, index])
+        is_text = data.text_share > 0 and rng.random() < data.text_share
+        scene = world.layout(index, rng) if is_text else world[index]
+        return to_conversation(scene, rng, concepts, data)
+
     def draw(rows: dict[str, list[int]]) -> dict[str, list]:
-        samples = [
-            to_conversation(world[i], np.random.default_rng([world.seed, i]), concepts, data) for i in rows["scene"]
-        ]
+        samples = [draw_one(i) for i in rows["scene"]]
         return {key: [sample[key] for sample in samples] for key in samples[0]}
 
     return TableDataset.from_dict({"scene": list(range(len(world)))}).with_transform(draw)

@@ -48,6 +48,7 @@ TRAINING = (
     _training("decoder", "train_image_tokenizer", "decoder", "metrics.json"),
     _training("llm", "train_llm", "llm", "metrics.json"),
     _training("pretrain", "pretrain", "pretrain", "model.safetensors", processes=2),
+    _training("lines", "sft", "lines", "model.safetensors", processes=2),
     _training("sft", "sft", "sft", "model.safetensors", processes=2),
     _training("few_names", "sft", "few_names", "model.safetensors", processes=2),
     _training("names", "sft", "names", "model.safetensors", processes=2),

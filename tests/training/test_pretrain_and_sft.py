@@ -13,7 +13,7 @@ from processing.processing_libra import LibraProcessor
 from tests.training.libra_parts import make_parts
 from training import pretrain, sft
 from training.data import DataArguments, load_caption_data, load_world_conversations
-from training.pretrain import LibraPretrainer, PretrainCollator, freeze_language_model
+from training.pretrain import LibraPretrainer, PretrainCollator, freeze_language_model, freeze_what_text_reads
 from training.world.questions import PROMPT_CAPTION, PROMPT_CHOICE, PROMPT_SHORT
 
 SHORT = """
@@ -167,6 +167,22 @@ def test_only_the_vision_system_is_trainable(libra):
     assert frozen == sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel()
 
 
+@torch.no_grad()
+def test_no_answer_depends_on_what_text_does_not_read(libra, data):
+    model, processor = libra
+    scene = load_caption_data(data)[0][0]
+    inputs = processor(text="horse <image>\nlemon", images=[scene["image"]], return_tensors="pt")
+    before = model(**inputs)
+    freeze_what_text_reads(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.add_(torch.randn_like(parameter))
+    after = model(**inputs)
+    assert torch.equal(after.logits, before.logits)
+    assert not torch.isclose(after.vision_logits, before.vision_logits).any()
+    assert {p for n, p in model.named_parameters() if "vision_lm_head" in n} <= set(trained)
+
+
 def test_the_frozen_language_model_has_no_optimizer_state(libra, data, tmp_path):
     model, processor = libra
     freeze_language_model(model)
@@ -274,3 +290,20 @@ def test_instruction_tuning_trains_everything_but_clip(parts, icons, tmp_path):
     tokenizers = [LibraProcessor.from_pretrained(tmp_path / name).image_tokenizer for name in ("pretrain", "sft")]
     weights = [tokenizer.state_dict() for tokenizer in tokenizers]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_share_of_the_conversations_is_about_lines_of_text(data):
+    samples = load_world_conversations(replace(data, text_share=0.5))[0]
+    texts = [sample for sample in samples if not sample["images"]]
+    assert 10 <= len(texts) <= 30
+    lines = [sample["messages"][0]["content"].split("\n")[0] for sample in texts]
+    assert all(line.startswith("image: ") for line in lines)
+    assert not any("image: " in message["content"] for sample in texts for message in sample["messages"][1:])
+    assert not any("image: " in m["content"] for sample in samples if sample["images"] for m in sample["messages"])
+
+
+def test_no_question_comes_twice(data):
+    asked = replace(data, max_turns=100, naming_first=False, kinds=["count", "count", "exists", "exists", "exists"])
+    for sample in load_world_conversations(asked)[0]:
+        questions = [message["content"] for message in sample["messages"][::2]]
+        assert len(questions) == len(set(questions))

@@ -12,7 +12,7 @@ from processing.image_processing_libra import LibraImageProcessor
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 from tests.training.libra_parts import SMALL_TOKENIZER
 from training.clip_evaluation import probe_accuracy
-from training.clip_objective import ClipCollator, contrast, pool_regions, train_text_tokenizer
+from training.clip_objective import ClipCollator, contrast, patch_regions, pool_regions, train_text_tokenizer
 from training.images import CaptionedFolder, to_pixel_values
 from training.train_clip import WorldSamples, main
 from training.world.concepts import training_subjects
@@ -61,6 +61,13 @@ def test_regions_are_the_image_and_its_quarters():
     patches = torch.arange(16.0).view(1, 16, 1)  # 4 x 4, row by row
     regions = pool_regions(patches)[0, :, 0]
     assert regions.tolist() == [7.5, 2.5, 4.5, 10.5, 12.5]
+
+
+def test_patches_are_part_of_their_quarter_or_of_the_image():
+    single, grid, unnamed = patch_regions(torch.tensor([[7, -1, -1, -1, -1], [-1, 0, 1, 2, 3], [-1] * 5]), 4).tolist()
+    assert single == [7] * 16
+    assert grid == [0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2
+    assert unnamed == [-1] * 16
 
 
 def test_contrast_counts_images_with_one_text_together():

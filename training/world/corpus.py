@@ -106,7 +106,7 @@ class TextWorld:
             return f"\n{layout.caption}{END}"
         if kind < 0.2:
             return f"{_repetition(rng, concepts)}{END}"
-        shown = _describe_places(layout, rng, concepts)
+        shown = describe_places(layout, rng, concepts)
         # Of each kind twice: what is asked is drawn anew. The same question is not asked again.
         questions = {turn.question: turn for _ in range(2) for turn in scene_questions(layout, rng, concepts)}
         turns = [list(questions.values())[i] for i in rng.permutation(len(questions))[: rng.integers(1, 9)]]
@@ -164,7 +164,7 @@ def prompts_with_answers(split: str, count: int, seed: int = 0) -> list[tuple[st
         layout = _layout(rng, concepts)
         questions = scene_questions(layout, rng, concepts)
         question = questions[int(rng.integers(len(questions)))]
-        text = chat([question], _describe_places(layout, rng, concepts))
+        text = chat([question], describe_places(layout, rng, concepts))
         cases.append((text[: -len(f" {question.answer} {END}")], question))
     return cases
 
@@ -176,8 +176,18 @@ def _layout(rng: np.random.Generator, concepts: Sequence[Concept]) -> Layout:
     return World(subjects, "train", length=1).layout(0, rng)
 
 
-def _describe_places(layout: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
-    """Every object with its place, so that all questions can be answered; in Chinese a tenth of the time."""
+def describe_places(layout: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
+    """
+    A line of text that says what an image shows.
+
+    Args:
+        layout ([`Layout`]): What is where.
+        rng (`np.random.Generator`): Chooses the language.
+        concepts (`Sequence[Concept]`): The concepts.
+
+    Returns:
+        `str`: Every object with its place, so that all questions can be answered; in Chinese a tenth of the time.
+    """
     chinese = rng.random() < 0.1
     names = [concepts[item.subject].zh if chinese else concepts[item.subject].label for item in layout.objects]
     if layout.is_single:
