@@ -3,8 +3,10 @@
 Nothing but transformers' Auto classes: the code of Libra comes with the model's own repository.
 """
 
+import ctypes
 import os
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -103,6 +105,16 @@ def move_to_zero_gpu() -> None:
         load().processor.image_tokenizer.to("cuda")
 
 
+def give_memory_back() -> None:
+    """
+    Has the C library return to the system what it holds of memory that is free, where it can (glibc): left alone, it keeps
+    what the largest requests needed at once, scattered, and grows.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 class Turns:
     """
     A lock that is handed on in the order of asking, so that visitors share the model fairly: whoever generates steps
@@ -132,6 +144,10 @@ class Turns:
         return self
 
     def __exit__(self, *exception) -> None:
+        self._hand_on()
+        give_memory_back()
+
+    def _hand_on(self) -> None:
         with self._guard:
             if self._waiting:
                 self._waiting.popleft().release()  # stays taken: now by the next one
@@ -140,7 +156,7 @@ class Turns:
 
     def step_aside(self) -> None:
         """Lets everybody who waits have a turn first. To be called by the one whose turn it is."""
-        self.__exit__()
+        self._hand_on()
         self.__enter__()
 
 

@@ -1,6 +1,9 @@
 """The parts of the Space that need neither model nor page."""
 
+import ctypes
+import sys
 import threading
+from pathlib import Path
 
 import gradio as gr
 import numpy as np
@@ -9,7 +12,7 @@ from chat_tab import Chat
 from conversation import REFUSED, read_history
 from hypothesis import given
 from hypothesis import strategies as st
-from libra_model import Turns
+from libra_model import Turns, give_memory_back
 from looking import split_words
 from pictures import code_color, code_map, heat, hide_patches, picture
 from PIL import Image
@@ -172,3 +175,26 @@ def test_gradio_has_the_events_that_the_chat_changes():
         assert event.inputs == [chat.chatbot, chat.cleared]
         assert event.fn(["words"], True) == ([], [], [])
         assert event.fn(["words"], False) == (["words"], ["words"], gr.skip())
+
+
+@pytest.mark.skipif(
+    not (sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")), reason="only glibc gives memory back"
+)
+def test_free_memory_is_given_back():
+    """128 MB in blocks of 64 KB, of which the last one is still in use."""
+
+    def resident() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    blocks = [libc.malloc(ctypes.c_size_t(2**16)) for _ in range(2000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 2**16)
+    for block in blocks[:-1]:
+        libc.free(block)
+    before = resident()
+    give_memory_back()
+    assert before - resident() > 100
+    libc.free(blocks[-1])
