@@ -52,12 +52,13 @@ TRAINING = (
     _training("sft", "sft", "sft", "model.safetensors", processes=2),
     _training("few_names", "sft", "few_names", "model.safetensors", processes=2),
     _training("names", "sft", "names", "model.safetensors", processes=2),
+    _training("draw", "pretrain", "draw", "model.safetensors"),
 )
 STAGES = (
     *TRAINING,
     Stage(
         "export",
-        ("libra_cli.main", "export", "runs/tiny/names", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
+        ("libra_cli.main", "export", "runs/tiny/draw", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
         Path("runs/tiny/libra-tiny/model.safetensors"),
     ),
     Stage(
