@@ -2,8 +2,8 @@
 
 Libra reads CLIP's patches, not its class token. So besides the usual contrast of whole images (class token) with their
 captions, the mean of the patches under an object is contrasted with the object's name, and a linear map of it predicts
-what a frozen teacher sees in the object's clean drawing. Each of these patches alone is contrasted with the name, too, and
-tells its place by a linear map: what is looked for by its name is looked for patch by patch.
+what a frozen teacher sees in the object's clean drawing. Each of these patches alone is compared with the names, too: what is
+looked for by its name is looked for patch by patch.
 """
 
 from collections.abc import Sequence
@@ -86,6 +86,20 @@ def patch_regions(regions: torch.Tensor, grid: int) -> torch.Tensor:
     return torch.where(of_quarter >= 0, of_quarter, regions[:, :1])
 
 
+def shared_features(model: CLIPModel, states: torch.Tensor) -> torch.Tensor:
+    """
+    Features of patches, or of means of patches, in the space shared with the texts.
+
+    Args:
+        model (`CLIPModel`): The model.
+        states (`torch.Tensor`): Last hidden states, `(..., width)`.
+
+    Returns:
+        `torch.Tensor`: `(..., projection_dim)`, of length one.
+    """
+    return F.normalize(model.visual_projection(model.vision_model.post_layernorm(states)), dim=-1)
+
+
 def region_features(model: CLIPModel, patches: torch.Tensor) -> torch.Tensor:
     """
     Features of regions in the space shared with the texts.
@@ -97,8 +111,7 @@ def region_features(model: CLIPModel, patches: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: `(images, 5, projection_dim)`, of length one.
     """
-    pooled = model.vision_model.post_layernorm(pool_regions(patches))
-    return F.normalize(model.visual_projection(pooled), dim=-1)
+    return shared_features(model, pool_regions(patches))
 
 
 @dataclass
@@ -172,7 +185,6 @@ class ClipObjective(nn.Module):
         region_weight (`float`, *optional*, defaults to 1.0): Weight of the contrast of regions with names.
         teacher_weight (`float`, *optional*, defaults to 3.0): Weight of the distance to the teacher.
         patch_weight (`float`, *optional*, defaults to 1.0): Weight of the cross entropy of single patches and names.
-        place_weight (`float`, *optional*, defaults to 0.1): Weight of the cross entropy of single patches and places.
     """
 
     def __init__(
@@ -183,16 +195,18 @@ class ClipObjective(nn.Module):
         region_weight: float = 1.0,
         teacher_weight: float = 3.0,
         patch_weight: float = 1.0,
-        place_weight: float = 0.1,
     ) -> None:
         super().__init__()
         self.clip = clip
         vision = clip.config.vision_config
         self.grid = vision.image_size // vision.patch_size
-        self.place_head = nn.Linear(clip.vision_embed_dim, self.grid**2)
         self.teacher_head = None if teacher_width is None else nn.Linear(clip.vision_embed_dim, teacher_width)
-        self.weights = {"caption": caption_weight, "region": region_weight, "teacher": teacher_weight}
-        self.weights |= {"patch": patch_weight, "place": place_weight}
+        self.weights = {
+            "caption": caption_weight,
+            "region": region_weight,
+            "patch": patch_weight,
+            "teacher": teacher_weight,
+        }
 
     def forward(
         self,
@@ -224,15 +238,13 @@ class ClipObjective(nn.Module):
         patches = states.last_hidden_state[:, 1:]  # (images, patches, width)
         named = (regions >= 0).nonzero()[:, 0]
         if len(named):
+            names = texts[: int(num_names)]
             features = region_features(clip, patches).flatten(0, 1)[named]  # (named, projection)
-            terms["region"] = contrast(scale * features @ texts[: int(num_names)].T, regions[named])
+            terms["region"] = contrast(scale * features @ names.T, regions[named])
             patch_names = patch_regions(regions.view(-1, NUM_REGIONS), self.grid)  # (images, patches)
             shown = patch_names >= 0
-            single = clip.visual_projection(clip.vision_model.post_layernorm(patches[shown]))  # (shown, projection)
-            logits = scale * F.normalize(single, dim=-1) @ texts[: int(num_names)].T
+            logits = scale * shared_features(clip, patches[shown]) @ names.T  # (shown, names)
             terms["patch"] = F.cross_entropy(logits, patch_names[shown])
-        places = torch.arange(self.grid**2, device=patches.device).expand(len(patches), -1)  # (images, patches)
-        terms["place"] = F.cross_entropy(self.place_head(patches).flatten(0, 1), places.flatten())
         if teacher is not None and self.teacher_head is not None and len(teacher):
             guess = self.teacher_head(pool_regions(patches).flatten(0, 1)[taught])  # (taught, teacher width)
             terms["teacher"] = 1 - F.cosine_similarity(guess, teacher, dim=-1).mean()

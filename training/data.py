@@ -169,20 +169,21 @@ def to_conversation(
     Returns:
         `dict`: `messages`, alternating user and assistant, and `images`, the one image or none.
     """
-    images = [scene.image] if isinstance(scene, Scene) else []
-    shown = [] if images else [describe_places(scene, rng, concepts)]
     questions = _questions_of_kinds(scene, rng, concepts, data)
     order = [questions[i] for i in rng.permutation(len(questions))]
     if data.naming_first:
         first = next(question for question in order if question.kind in ("caption", "label"))
         order = [first, *(question for question in order if question is not first)]
-    messages: list[dict[str, str]] = []
+    messages = []
     for question in order[: rng.integers(data.max_turns) + 1]:
         bare = rng.random() < data.bare_share
         asked = without_prompt(question.question) if bare else question.question
-        messages.append({"role": "user", "content": "\n".join([*(shown if not messages else []), asked])})
+        messages.append({"role": "user", "content": asked})
         messages.append({"role": "assistant", "content": question.answer})
-    return {"messages": messages, "images": images}
+    if isinstance(scene, Scene):
+        return {"messages": messages, "images": [scene.image]}
+    messages[0]["content"] = f"{describe_places(scene, rng, concepts)}\n{messages[0]['content']}"
+    return {"messages": messages, "images": []}
 
 
 def _questions_of_kinds(scene, rng, concepts, data):

@@ -233,8 +233,8 @@ def freeze_what_text_reads(model: LibraForCausalLM) -> tuple[int, int]:
     Leaves only that of the vision system trainable on which no answer depends, so answers stay bit for bit as they are.
 
     Text reads the keys and values of image tokens, and these depend on all layers below. What is left is, in the last
-    layer, what image tokens ask for and what they make of it, the bridge through which they look at text, the
-    final norm and the heads.
+    layer, what image tokens ask for and what they make of it, the bridge through which they look at text, the final norm
+    and the heads.
 
     Args:
         model ([`LibraForCausalLM`]): changed in place.
