@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from .world.augment import Augmentation
 from .world.concepts import Concept, load_concepts, training_subjects
 from .world.corpus import describe_places
-from .world.questions import GRID_KINDS, SINGLE_KINDS, scene_questions, without_prompt, wrong_answer
+from .world.questions import GRID_KINDS, SINGLE_KINDS, Question, scene_questions, without_prompt, wrong_answer
 from .world.scenes import Layout, Scene, World
 
 
@@ -40,6 +40,9 @@ class DataArguments:
         naming_first (`bool`, *optional*, defaults to `True`): whether its first question asks what is there. A model that
             cannot name yet learns nothing from the others; one that can should be asked them first as well, or it reads
             their answers off the name before.
+        named_once (`bool`, *optional*, defaults to `False`): whether no question names a thing that one before has named,
+            and those that name none come last. Else many can be answered from the text before them, and few are left
+            that teach to look for what they name.
         kinds (`list[str]`, *optional*): of the questions that those of a conversation are chosen from, of
             [`~training.world.questions.SINGLE_KINDS`] and [`~training.world.questions.GRID_KINDS`], as often as they are
             named; by default each kind that fits the scene once.
@@ -68,6 +71,7 @@ class DataArguments:
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
     max_turns: int = field(default=2, metadata={"help": "Most questions about a scene of the world."})
     naming_first: bool = field(default=True, metadata={"help": "Whether the first one asks what is there."})
+    named_once: bool = field(default=False, metadata={"help": "Whether things are named once, and that first."})
     kinds: list[str] | None = field(default=None, metadata={"help": "Kinds of questions, as often as named (all)."})
     kinds_share: float = field(default=1.0, metadata={"help": "Share of the conversations that are about these kinds."})
     similar: float = field(default=1.0, metadata={"help": "Share of absent things that are like a present one."})
@@ -81,6 +85,8 @@ class DataArguments:
         for name in ("kinds_share", "similar", "bare_share", "text_share"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"{name} is a share, 0 to 1, found {vars(self)[name]}.")
+        if self.named_once and self.naming_first:
+            raise ValueError("naming_first and named_once are opposites: set one of them to false.")
         if self.kinds is not None:
             self._check_kinds(set(self.kinds))
 
@@ -174,6 +180,8 @@ def to_conversation(
     if data.naming_first:
         first = next(question for question in order if question.kind in ("caption", "label"))
         order = [first, *(question for question in order if question is not first)]
+    if data.named_once:
+        order = _name_once(order)
     messages = []
     for question in order[: rng.integers(data.max_turns) + 1]:
         bare = rng.random() < data.bare_share
@@ -193,6 +201,17 @@ def _questions_of_kinds(scene, rng, concepts, data):
     rounds = ((kind, scene_questions(scene, rng, concepts, data.similar)) for kind in data.kinds)
     asked = {q.question: q for kind, questions in rounds for q in questions if q.kind == kind}
     return list(asked.values())
+
+
+def _name_once(questions: Sequence[Question]) -> list[Question]:
+    """Those that name things no other has named, in their order; then those that name none."""
+    naming: list[Question] = []
+    named: set[int] = set()
+    for question in questions:
+        if question.names and named.isdisjoint(question.names):
+            naming.append(question)
+            named |= question.names
+    return naming + [question for question in questions if not question.names]
 
 
 def world_conversations(world: World, data: DataArguments) -> TableDataset:

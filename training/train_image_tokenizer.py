@@ -35,7 +35,9 @@ from processing.configuration_libra_image_tokenizer import LibraImageTokenizerCo
 from processing.image_processing_libra import LibraImageProcessor
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 
+from .checkpoints import last_checkpoint
 from .discriminator import Adversary, PatchDiscriminator
+from .fit_bits import fit_bits
 from .fresh_encoder import FreshEncoderTokenizer, freeze_encoder
 from .image_tokenizer_losses import PERCEPTUAL_TERMS, adaptive_weight, encoder_distance, load_lpips
 from .images import to_pixel_values
@@ -63,6 +65,8 @@ class ImageTokenizerArguments:
             new decoder is trained, and models that were trained on these codes stay valid.
         start_from (`str`, *optional*): Folder of a trained image tokenizer of the same sizes whose quantizer and decoder
             are trained further, around the CLIP given here; by default they start fresh.
+        fit_bits_steps (`int`, *optional*, defaults to 0): Steps in which the bits are fitted to pixels before the decoder
+            is trained, see [`~training.fit_bits`]; they stay as they are then. 0, as in the paper: trained together.
         encoder_from_scratch (`bool`, *optional*, defaults to `False`): Row (g) of the paper's Table 3: the encoder has the
             sizes of `clip` but fresh weights, and is trained together with quantizer and decoder.
         other_emoji (`bool`, *optional*, defaults to `True`): Whether scenes show further emoji beside the concepts.
@@ -97,6 +101,7 @@ class ImageTokenizerArguments:
     tokenizer_config: dict = field(default_factory=dict, metadata={"help": "Settings of LibraImageTokenizerConfig."})
     codes_of: str | None = field(default=None, metadata={"help": "Image tokenizer whose codes are kept."})
     start_from: str | None = field(default=None, metadata={"help": "Image tokenizer that is trained further."})
+    fit_bits_steps: int = field(default=0, metadata={"help": "Steps in which bits are fitted before (0: not)."})
     encoder_from_scratch: bool = field(default=False, metadata={"help": "Whether the encoder is fresh, and trained."})
     other_emoji: bool = field(default=True, metadata={"help": "Whether scenes show further emoji."})
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
@@ -122,7 +127,8 @@ class ImageTokenizerArguments:
             raise FileNotFoundError(f"{self.dataset} is not a folder. Give 'world', or a folder of images.")
         if self.perceptual not in PERCEPTUAL_TERMS:
             raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL_TERMS)}, found {self.perceptual!r}.")
-        for name in ("l1_weight", "mse_weight", "perceptual_weight", "gan_weight", "gan_start", "grid_steps"):
+        not_negative = ("l1_weight", "mse_weight", "perceptual_weight", "gan_weight", "gan_start", "grid_steps")
+        for name in (*not_negative, "fit_bits_steps"):
             value = vars(self)[name]
             if value < 0:
                 raise ValueError(f"{name} must not be negative, found {value}.")
@@ -134,6 +140,11 @@ class ImageTokenizerArguments:
             raise ValueError(
                 "encoder_from_scratch trains the encoder: leave codes_of out, and set perceptual to lpips or none; a "
                 "distance of features needs an encoder that stays as it is."
+            )
+        if self.fit_bits_steps and (self.codes_of or self.encoder_from_scratch):
+            raise ValueError(
+                "fit_bits_steps makes new codes around a frozen encoder: leave out codes_of and encoder_from_scratch, or "
+                "set it to 0."
             )
         if not any(self.reconstruction_weights.values()):
             raise ValueError(
@@ -449,6 +460,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     size = model.config.vision_config.image_size
     train, validation = load_images(script, size)
     pictured = fixed_images(train if validation is None else validation, script.grid_images)
+    if script.fit_bits_steps:
+        if last_checkpoint(args.output_dir) is None:
+            fit_bits(model, train, script.fit_bits_steps)
+        model.pre_quant.requires_grad_(False)
+        model.quantizer.project_in.requires_grad_(False)
     print(f"Decoder: {sum(p.numel() for p in model.decoder.parameters()):,} parameters", flush=True)
     trainer = ImageTokenizerTrainer(
         script=script,

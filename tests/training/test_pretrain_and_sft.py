@@ -1,5 +1,6 @@
 """Stages 1 and 2: what is supervised, what is trained, that a killed run goes on, that the result loads."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -259,6 +260,22 @@ def test_questions_without_their_prompts(data):
     assert any(turn.startswith("What is in the image?\nA. ") for turn in turns)
 
 
+def test_things_are_named_once_before_what_names_none(data):
+    """So that no question can be answered from those before it."""
+    kinds = ["exists", "exists_zh", "place", "place", "place", "caption", "count"]
+    asked = replace(data, max_turns=100, naming_first=False, named_once=True, kinds=kinds)
+    several = 0
+    for sample in load_world_conversations(asked)[0]:
+        turns = _asked(sample["messages"])
+        naming = [turn.startswith(("Is there", "Where is", "图中有")) for turn in turns]
+        assert naming == sorted(naming, reverse=True)
+        things = [re.search(r"(?:Is there an?|Where is the) (.+?)(?: in the image)?\?", turn) for turn in turns]
+        names = [thing[1] for thing in things if thing]
+        assert len(names) == len(set(names))
+        several += sum(turn.startswith("Where is") for turn in turns) > 1
+    assert several
+
+
 def _asked(messages):
     return [turn["content"] for turn in messages[::2]]
 
@@ -272,6 +289,8 @@ def test_no_questions_are_refused():
         DataArguments(kinds=["choice", "label"], naming_first=False)
     with pytest.raises(ValueError, match="similar is a share, 0 to 1, found 30"):
         DataArguments(similar=30)
+    with pytest.raises(ValueError, match="naming_first and named_once are opposites"):
+        DataArguments(named_once=True)
     with pytest.raises(ValueError, match="With naming_first kinds must have 'caption'"):
         DataArguments(kinds=["exists"])
 

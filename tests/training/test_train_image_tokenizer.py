@@ -205,6 +205,8 @@ def test_the_lpips_term(image_folder, write_config, tmp_path, monkeypatch):
         ({"perceptual": "vgg"}, "perceptual must be one of lpips, encoder, none, found 'vgg'"),
         ({"gan_weight": -1.0}, "gan_weight must not be negative, found -1"),
         ({"gan_start": -1}, "gan_start must not be negative"),
+        ({"fit_bits_steps": -1}, "fit_bits_steps must not be negative"),
+        ({"fit_bits_steps": 1, "codes_of": "there"}, "fit_bits_steps makes new codes"),
         ({"grid_images": 0}, "grid_images must be at least 1"),
         ({"l1_weight": 0.0, "mse_weight": 0.0, "perceptual": "none"}, "no reconstruction term"),
         ({"dataset": "nowhere"}, "nowhere is not a folder"),
@@ -249,3 +251,14 @@ def test_quantizer_and_decoder_trained_further_and_codes_kept(image_folder, writ
     before_decoder = {name for name in first if name.startswith(("clip.", "pre_quant.", "quantizer.pre"))}
     assert before_decoder <= same
     assert not any(name.startswith("decoder.conv") for name in same)
+
+
+def test_fitted_bits_stay_and_a_run_that_goes_on_does_not_fit_again(image_folder, write_config, tmp_path, capsys):
+    common = {"dataset": str(image_folder), "fit_bits_steps": 100, "lr_scheduler_type": "constant"}
+    main(write_config("out", **common, max_steps=1))
+    assert "fitting bits: step 100/100" in capsys.readouterr().out
+    main([*write_config("out", **common), "--max_steps", "2"])
+    assert "fitting bits" not in capsys.readouterr().out
+    first, second = (load_file(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2))
+    frozen = {name for name in first if name.startswith(("clip.", "pre_quant.", "quantizer.project_in."))}
+    assert {name for name in first if torch.equal(first[name], second[name])} == frozen

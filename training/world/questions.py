@@ -1,6 +1,6 @@
 """Questions about scenes and their answers, each followed by the prompt the paper has for its kind (Table 6)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,11 +39,13 @@ class Question:
         kind (`str`): One of [`SINGLE_KINDS`] or [`GRID_KINDS`].
         question (`str`): The whole of what the user asks, with its prompt.
         answer (`str`): The one right answer.
+        names (`frozenset[int]`, *optional*): The concepts that the question names, by index; not those of its answer.
     """
 
     kind: str
     question: str
     answer: str
+    names: frozenset[int] = frozenset()
 
 
 def without_prompt(question: str) -> str:
@@ -87,7 +89,8 @@ def scene_questions(
         questions.append(_cell(scene, rng, concepts))
         item = scene.objects[int(rng.integers(len(scene.objects)))]
         place = CELLS[item.cell or 0]
-        questions.append(_short("place", f"Where is the {concepts[item.subject].label}?", place))
+        where = f"Where is the {concepts[item.subject].label}?"
+        questions.append(_short("place", where, place, {item.subject}))
     return questions
 
 
@@ -116,8 +119,8 @@ def wrong_answer(scene: Layout, question: Question, rng: np.random.Generator, co
     raise ValueError(f"There are no wrong answers to questions of the kind {question.kind!r}.")
 
 
-def _short(kind: str, question: str, answer: str) -> Question:
-    return Question(kind, f"{question}\n{PROMPT_SHORT}", answer)
+def _short(kind: str, question: str, answer: str, names: Iterable[int] = ()) -> Question:
+    return Question(kind, f"{question}\n{PROMPT_SHORT}", answer, frozenset(names))
 
 
 def _cell(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> Question:
@@ -162,13 +165,13 @@ def _distractors(
 def _exists(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept], similar: float) -> Question:
     asked, present = _asked_concept(scene, rng, concepts, similar)
     question = f"Is there {with_article(concepts[asked].label)} in the image?"
-    return _short("exists", question, "yes" if present else "no")
+    return _short("exists", question, "yes" if present else "no", {asked})
 
 
 def _exists_zh(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept], similar: float) -> Question:
     asked, present = _asked_concept(scene, rng, concepts, similar)
     question = f"图中有{concepts[asked].zh}吗？\n{PROMPT_SHORT_ZH}"
-    return Question("exists_zh", question, "有" if present else "没有")
+    return Question("exists_zh", question, "有" if present else "没有", frozenset({asked}))
 
 
 def _choice(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> Question:
@@ -177,4 +180,4 @@ def _choice(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]
     order = rng.permutation(len(options)).tolist()
     lines = [f"{letter}. {concepts[options[i]].label}" for letter, i in zip(LETTERS, order)]
     question = "\n".join(["What is in the image?", *lines, PROMPT_CHOICE])
-    return Question("choice", question, LETTERS[order.index(0)])
+    return Question("choice", question, LETTERS[order.index(0)], frozenset(options))
