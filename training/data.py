@@ -40,14 +40,12 @@ class DataArguments:
         naming_first (`bool`, *optional*, defaults to `True`): whether its first question asks what is there. A model that
             cannot name yet learns nothing from the others; one that can should be asked them first as well, or it reads
             their answers off the name before.
-        named_once (`bool`, *optional*, defaults to `False`): whether no question names a thing that one before has named,
-            and those that name none come last. Else many can be answered from the text before them, and few are left
-            that teach to look for what they name.
+        named_once (`bool`, *optional*, defaults to `False`): whether the questions of a conversation name each thing at most
+            once, or all name none. Else many can be answered from the text before them, and few are left that teach to
+            look for what they name.
         kinds (`list[str]`, *optional*): of the questions that those of a conversation are chosen from, of
             [`~training.world.questions.SINGLE_KINDS`] and [`~training.world.questions.GRID_KINDS`], as often as they are
             named; by default each kind that fits the scene once.
-        kinds_share (`float`, *optional*, defaults to 1.0): share of the conversations that are about `kinds`; in the others
-            all kinds are asked, so that they are not forgotten.
         similar (`float`, *optional*, defaults to 1.0): share of the absent things in yes/no questions that are chosen from
             the group of a present one, which are hard to tell from it; the others are any.
         bare_share (`float`, *optional*, defaults to 0.0): share of the questions that are asked without the prompt of their
@@ -71,9 +69,8 @@ class DataArguments:
     augmentation: dict = field(default_factory=dict, metadata={"help": "Settings of Augmentation."})
     max_turns: int = field(default=2, metadata={"help": "Most questions about a scene of the world."})
     naming_first: bool = field(default=True, metadata={"help": "Whether the first one asks what is there."})
-    named_once: bool = field(default=False, metadata={"help": "Whether things are named once, and that first."})
+    named_once: bool = field(default=False, metadata={"help": "Whether questions name a thing once at most."})
     kinds: list[str] | None = field(default=None, metadata={"help": "Kinds of questions, as often as named (all)."})
-    kinds_share: float = field(default=1.0, metadata={"help": "Share of the conversations that are about these kinds."})
     similar: float = field(default=1.0, metadata={"help": "Share of absent things that are like a present one."})
     bare_share: float = field(default=0.0, metadata={"help": "Share of the questions without their prompt."})
     text_share: float = field(default=0.0, metadata={"help": "Share of the conversations about a line of text."})
@@ -82,7 +79,7 @@ class DataArguments:
         for name in ("train_samples", "num_concepts", "max_turns"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, found {vars(self)[name]}.")
-        for name in ("kinds_share", "similar", "bare_share", "text_share"):
+        for name in ("similar", "bare_share", "text_share"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"{name} is a share, 0 to 1, found {vars(self)[name]}.")
         if self.named_once and self.naming_first:
@@ -181,7 +178,7 @@ def to_conversation(
         first = next(question for question in order if question.kind in ("caption", "label"))
         order = [first, *(question for question in order if question is not first)]
     if data.named_once:
-        order = _name_once(order)
+        order = _name_once(order, rng)
     messages = []
     for question in order[: rng.integers(data.max_turns) + 1]:
         bare = rng.random() < data.bare_share
@@ -196,22 +193,23 @@ def to_conversation(
 
 def _questions_of_kinds(scene, rng, concepts, data):
     """What there is to choose from: every kind once, or the wanted ones, as often as they are named."""
-    if data.kinds is None or rng.random() >= data.kinds_share:
+    if data.kinds is None:
         return scene_questions(scene, rng, concepts, data.similar)
     rounds = ((kind, scene_questions(scene, rng, concepts, data.similar)) for kind in data.kinds)
     asked = {q.question: q for kind, questions in rounds for q in questions if q.kind == kind}
     return list(asked.values())
 
 
-def _name_once(questions: Sequence[Question]) -> list[Question]:
-    """Those that name things no other has named, in their order; then those that name none."""
+def _name_once(questions: Sequence[Question], rng: np.random.Generator) -> list[Question]:
+    """Either those that name things no other has named, or those that name none: in proportion to how many there are."""
     naming: list[Question] = []
     named: set[int] = set()
     for question in questions:
         if question.names and named.isdisjoint(question.names):
             naming.append(question)
             named |= question.names
-    return naming + [question for question in questions if not question.names]
+    others = [question for question in questions if not question.names]
+    return naming if rng.random() < 1 - len(others) / len(questions) else others
 
 
 def world_conversations(world: World, data: DataArguments) -> TableDataset:

@@ -45,13 +45,12 @@ def _training(name: str, script: str, config: str, done: str, processes: int = 1
 TRAINING = (
     _training("clip", "train_clip", "clip", "metrics.json"),
     _training("tokenizer", "train_image_tokenizer", "image_tokenizer", "metrics.json"),
-    _training("decoder", "train_image_tokenizer", "decoder", "metrics.json"),
     _training("llm", "train_llm", "llm", "metrics.json"),
     _training("pretrain", "pretrain", "pretrain", "model.safetensors", processes=2),
     _training("lines", "sft", "lines", "model.safetensors", processes=2),
     _training("sft", "sft", "sft", "model.safetensors", processes=2),
-    _training("few_names", "sft", "few_names", "model.safetensors", processes=2),
-    _training("names", "sft", "names", "model.safetensors", processes=2),
+    _training("look", "sft", "look", "model.safetensors", processes=2),
+    _training("answers", "sft", "answers", "model.safetensors", processes=2),
     _training("draw", "pretrain", "draw", "model.safetensors"),
 )
 STAGES = (
