@@ -51,7 +51,7 @@ TRAINING = (
     _training("sft", "sft", "sft", "model.safetensors", processes=2),
     _training("look", "sft", "look", "model.safetensors", processes=2),
     _training("answers", "sft", "answers", "model.safetensors", processes=2),
-    _training("draw", "pretrain", "draw", "model.safetensors"),
+    _training("draw", "pretrain", "draw", "model.safetensors", processes=2),
 )
 STAGES = (
     *TRAINING,

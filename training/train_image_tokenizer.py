@@ -66,7 +66,8 @@ class ImageTokenizerArguments:
         start_from (`str`, *optional*): Folder of a trained image tokenizer of the same sizes whose quantizer and decoder
             are trained further, around the CLIP given here; by default they start fresh.
         fit_bits_steps (`int`, *optional*, defaults to 0): Steps in which the bits are fitted to pixels before the decoder
-            is trained, see [`~training.fit_bits`]; they stay as they are then. 0, as in the paper: trained together.
+            is trained, see [`~training.fit_bits`]; they stay as they are then. For small models: it runs on the CPU and
+            holds the features of 4096 images. 0, as in the paper: trained together.
         encoder_from_scratch (`bool`, *optional*, defaults to `False`): Row (g) of the paper's Table 3: the encoder has the
             sizes of `clip` but fresh weights, and is trained together with quantizer and decoder.
         other_emoji (`bool`, *optional*, defaults to `True`): Whether scenes show further emoji beside the concepts.
