@@ -15,8 +15,8 @@ from wording import SECTION
 EXAMPLES = HERE / "examples"
 QUESTIONS = [
     ("airplane.png", "What is in the image?"),
-    ("strawberry.png", "What is in the image?"),
-    ("horse.png", "How many objects are there?"),
+    ("strawberry.png", "How many objects are there?"),
+    ("horse.png", "What is in the image?"),
     ("key.png", "Is there a key in the image?"),
 ]
 """Images of `examples/` and a question about each, for one click."""

@@ -101,12 +101,12 @@ def test_ask_about_an_upload_retry_undo_and_clear(visit):
     me = visit()
     assert me.answers().count() == 2  # the worked example
     me.clear()
-    me.ask("What is in the image?", SAMPLES / "strawberry.png")
-    me.wait_for_text(0, "strawberry")
+    me.ask("What is in the image?", SAMPLES / "horse.png")
+    me.wait_for_text(0, "horse")
     me.page.get_by_role("button", name="Retry").click()  # as soon as the answer is there
     me.page.wait_for_timeout(1000)
     me.page.locator("#message textarea:enabled").wait_for()
-    me.wait_for_text(0, "strawberry")
+    me.wait_for_text(0, "horse")
     me.page.get_by_role("button", name="Undo").click()
     me.answers().first.wait_for(state="detached")
     expect(me.page.locator("#message textarea")).to_have_value("What is in the image?", timeout=PATIENCE)
@@ -150,8 +150,8 @@ def test_clearing_stops_the_answer_that_is_being_written(visit, monkeypatch):
     me.clear()
     assert closed.wait(timeout=PATIENCE / 1000)
     monkeypatch.setattr(chat_tab, "ask", remember)
-    me.ask("What is in the image?", SAMPLES / "strawberry.png")
-    me.wait_for_text(0, "strawberry")
+    me.ask("What is in the image?", SAMPLES / "horse.png")
+    me.wait_for_text(0, "horse")
     assert me.answers().count() == 1
     assert not read
     assert me.page.locator("#conversation").get_by_text("word").count() == 0
@@ -160,9 +160,9 @@ def test_clearing_stops_the_answer_that_is_being_written(visit, monkeypatch):
 def test_an_image_is_pasted(visit):
     me = visit()
     me.clear()
-    me.paste(SAMPLES / "strawberry.png")
+    me.paste(SAMPLES / "horse.png")
     me.ask("What is in the image?")
-    me.wait_for_text(0, "strawberry")
+    me.wait_for_text(0, "horse")
 
 
 def test_wrong_file_is_explained_and_the_chat_goes_on(visit, tmp_path):
@@ -171,19 +171,19 @@ def test_wrong_file_is_explained_and_the_chat_goes_on(visit, tmp_path):
     me.ask("What is in the image?", tmp_path / "broken.png")
     me.page.get_by_text("broken.png is not an image").wait_for()
     me.clear()
-    me.ask("What is in the image?", SAMPLES / "strawberry.png")
-    me.wait_for_text(0, "strawberry")
+    me.ask("What is in the image?", SAMPLES / "horse.png")
+    me.wait_for_text(0, "horse")
 
 
 def test_two_visitors_at_once_see_their_own_answers(visit):
     one, other = visit(), visit(viewport={"width": 390, "height": 844}, color_scheme="dark")
     one.clear()
     other.clear()
-    one.ask("What is in the image?", SAMPLES / "strawberry.png")
+    one.ask("What is in the image?", SAMPLES / "horse.png")
     other.ask("What is in the image?", SAMPLES / "airplane.png")
-    one.wait_for_text(0, "strawberry")
+    one.wait_for_text(0, "horse")
     other.wait_for_text(0, "airplane")
-    assert other.page.locator("#conversation").get_by_text("strawberry").count() == 0
+    assert other.page.locator("#conversation").get_by_text("horse").count() == 0
 
 
 def test_every_tab_shows_what_it_promises(visit):
