@@ -16,7 +16,6 @@ vision system* ([the paper]({PAPER})).
 TINY_NOTICE = """
 **This is libra-tiny**, a complete Libra small enough for two CPU cores. It has seen drawings of 100 things and nothing
 else. It names drawings, also in a corner of the image, captions them and counts to three. It mostly knows whether
-something is there, less among several things than of one; where something is it guesses. It learned from one image a
-conversation: clear the chat before the next. A photo gets the name of one of the 100 things, and what it paints are
-blotches.
+something is there, and where; which of four options is right it guesses. It learned from one image a conversation:
+clear the chat before the next. A photo gets the name of one of the 100 things, and what it paints are blotches.
 """
