@@ -91,7 +91,6 @@ PRIVATE = {
     "_prefill": (GENERATION, "prefill in chunks keeps images whole"),
     # processor, pipeline
     "_check_special_mm_tokens": (PROCESSOR, "left to a check of ours that names the row"),
-    "_adjust_assistant_masks_indices": (PROCESSOR, "given lists, which it reads faster than tensors"),
     "_get_arguments_from_pretrained": (PROCESSOR, "the image tokenizer, a model, is loaded too"),
     "_forward": (PIPELINE, "one of the four methods of a pipeline"),
     "_sanitize_parameters": (PIPELINE, "one of the four methods of a pipeline"),
