@@ -11,6 +11,7 @@ where they began for as many steps as a small machine can afford. Here they begi
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from torch.utils.data import Dataset
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 
 from .reconstruction import clip_to_unit
+
+if TYPE_CHECKING:  # that module imports this one
+    from .train_image_tokenizer import PixelSamples
 
 NUM_IMAGES = 4096
 """Images that the bits are fitted on; all their features are in memory, in half precision."""
@@ -124,17 +128,14 @@ def principal_bits(features: Tensor, patches: Tensor, bits: int) -> tuple[Tensor
     return functions[:-1].T / size, (functions[-1] - offset) / size
 
 
-def fit_bits(model: LibraImageTokenizer, images: Dataset, steps: int) -> float:
+def fit_bits(model: LibraImageTokenizer, images: "PixelSamples", steps: int) -> None:
     """
     Fits the bits of an image tokenizer to pixels.
 
     Args:
         model ([`LibraImageTokenizer`]): Changed in place: `pre_quant` and the quantizer. Its decoder is not used.
-        images (`Dataset`): Images of the training set, see [`collect`].
+        images ([`~training.train_image_tokenizer.PixelSamples`]): Images of the training set.
         steps (`int`): Steps of training, at least 1.
-
-    Returns:
-        `float`: PSNR of the small decoder in decibels, over the last batch.
 
     Raises:
         ValueError: If a patch has more bits than pixels, or `embed_dim` is below the number of bits.
@@ -147,45 +148,36 @@ def fit_bits(model: LibraImageTokenizer, images: Dataset, steps: int) -> float:
             f"{bits} bits a patch cannot be fitted: they must be no more than embed_dim, {config.embed_dim}, and the "
             f"{pixels} numbers of a patch's pixels."
         )
-    features, patches = collect(model, images, min(NUM_IMAGES, len(images)))  # type: ignore[arg-type]
-    regressed = features[:NUM_REGRESSED].flatten(0, 1).float()  # (rows, feature_size)
-    mean, deviation = regressed.mean(dim=0), regressed.std(dim=0) + 1e-6
+    features, patches = collect(model, images, min(NUM_IMAGES, len(images)))
+    some = features[:NUM_REGRESSED].flatten(0, 1).float()  # (rows, feature_size)
+    mean, deviation = some.mean(dim=0), some.std(dim=0) + 1e-6
+    features.sub_(mean).div_(deviation)
     functions = nn.Linear(config.feature_size, bits)
-    weight, bias = principal_bits((regressed - mean) / deviation, patches[:NUM_REGRESSED].flatten(0, 1).float(), bits)
-    functions.weight.data, functions.bias.data = weight, bias
-    decibels = _train(functions, ProxyDecoder(bits, config.grid, pixels), (features, patches), mean, deviation, steps)
-    _write(model, functions.weight.data / deviation, functions.bias.data - functions.weight.data @ (mean / deviation))
-    return decibels
+    regressed, predicted = (part[:NUM_REGRESSED].flatten(0, 1).float() for part in (features, patches))
+    functions.weight.data, functions.bias.data = principal_bits(regressed, predicted, bits)
+    _train(functions, ProxyDecoder(bits, config.grid, pixels), features, patches, steps)
+    weight = functions.weight.data / deviation
+    _write(model, weight, functions.bias.data - weight @ mean)
 
 
-def _train(
-    functions: nn.Linear,
-    decoder: ProxyDecoder,
-    data: tuple[Tensor, Tensor],
-    mean: Tensor,
-    deviation: Tensor,
-    steps: int,
-) -> float:
-    """Trains functions and small decoder for the PSNR of images; returns that of the last batch."""
+def _train(functions: nn.Linear, decoder: ProxyDecoder, features: Tensor, patches: Tensor, steps: int) -> None:
+    """Trains functions of features `(images, patches, feature_size)` and small decoder for the PSNR of images."""
     groups = [{"params": part.parameters(), "lr": rate} for part, rate in zip((functions, decoder), LEARNING_RATES)]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    decibels = torch.zeros(1)
     for step in range(steps):
-        chosen = torch.randint(len(data[0]), (BATCH_SIZE,))
-        features, wanted = (part[chosen].float() for part in data)
+        chosen = torch.randint(len(features), (BATCH_SIZE,))
         slope = 1 + (STEEPEST - 1) * step / steps
-        signs = torch.tanh(slope * functions((features - mean) / deviation))  # (n, patches, bits)
-        error = (decoder(signs) - wanted).square().mean(dim=(1, 2))  # (n,)
+        signs = torch.tanh(slope * functions(features[chosen].float()))  # (n, patches, bits)
+        error = (decoder(signs) - patches[chosen].float()).square().mean(dim=(1, 2))  # (n,)
         loss = error.clamp(min=1e-6).log10().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        decibels = 10 * (math.log10(4) - loss.detach())
         if step % 100 == 99:
-            print(f"fitting bits: step {step + 1}/{steps}, PSNR {float(decibels):.2f} dB", flush=True)
-    return float(decibels)
+            decibels = 10 * (math.log10(4) - loss.item())
+            print(f"fitting bits: step {step + 1}/{steps}, PSNR {decibels:.2f} dB", flush=True)
 
 
 def _write(model: LibraImageTokenizer, weight: Tensor, bias: Tensor) -> None:
