@@ -14,15 +14,17 @@ on one GPU, with LoRA or QLoRA (see [`~training.adapters`]):
 
     python -m training.sft --config training/configs/sft_qlora_11b.yaml --model LIBRA --dataset MY.json
 
-Everything but the image tokenizer is trained, or the adapter; only answers are supervised (see [`~training.answers`]).
-Every field of [`SFTArguments`], [`~training.data.DataArguments`], [`~training.conversations.ConversationArguments`],
-[`~training.adapters.AdapterArguments`] and TRL's `SFTConfig` is a key of the YAML file and a command line flag; flags
-win. A run goes on from the last checkpoint in `output_dir` by itself.
+Everything but the image tokenizer is trained, or the adapter; only answers are supervised (see [`~training.answers`]),
+and samples of pretraining if any are rehearsed (see [`~training.rehearsal`]). Every field of [`SFTArguments`],
+[`~training.data.DataArguments`], [`~training.conversations.ConversationArguments`],
+[`~training.rehearsal.RehearsalArguments`], [`~training.adapters.AdapterArguments`] and TRL's `SFTConfig` is a key of the
+YAML file and a command line flag; flags win. A run goes on from the last checkpoint in `output_dir` by itself.
 """
 
 import logging
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
@@ -34,6 +36,8 @@ from .answers import AnswerCollator, ConversationCheck, check_supervision, row_l
 from .conversations import ConversationArguments, read_conversations
 from .data import DataArguments, load_world_conversations
 from .device_tokenization import DeviceTokenization
+from .loss_terms import LossTermsTrainer
+from .rehearsal import Rehearsal, RehearsalArguments
 from .run import StageParser, announce_run, check_global_batch, run_training, save_result
 
 logger = logging.getLogger(__name__)
@@ -60,15 +64,44 @@ class SFTArguments:
     global_batch_size: int | None = field(default=None, metadata={"help": "Samples of all devices in a step, checked."})
 
 
-class LibraSFTTrainer(DeviceTokenization, SFTTrainer):
+class LibraSFTTrainer(DeviceTokenization, LossTermsTrainer, SFTTrainer):
     """
-    TRL's trainer that tokenizes images on the device, in batches.
+    TRL's trainer that tokenizes images on the device, in batches, and rehearses pretraining if asked to.
 
     Args:
         model ([`LibraForCausalLM`]): is tuned.
         processing_class ([`LibraProcessor`]): its image tokenizer is moved to the device of the model.
+        rehearsal ([`Rehearsal`], *optional*): pretraining samples of every step; their losses are logged as
+            `rehearsal_text_loss` and `rehearsal_vision_loss`.
         kwargs: as in TRL's `SFTTrainer`. `data_collator` is an [`AnswerCollator`].
     """
+
+    def __init__(
+        self, model: nn.Module, processing_class: LibraProcessor, rehearsal: Rehearsal | None = None, **kwargs
+    ) -> None:
+        super().__init__(model=model, processing_class=processing_class, **kwargs)
+        self.rehearsal = rehearsal
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss of the answers, and once a step that of the samples that are rehearsed."""
+        if self.rehearsal is None or not self.model.training or not self.accelerator.sync_gradients:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Rehearsed first: the head that is gathered for TRL's loss must stay so until backward, which begins there.
+        rehearsed = self.rehearsal.weight * self._rehearsal_loss(model)
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return (found[0] + rehearsed, found[1]) if return_outputs else found + rehearsed
+
+    def _rehearsal_loss(self, model: nn.Module) -> torch.Tensor:
+        step, process, processes = self.state.global_step, self.args.process_index, self.args.world_size
+        batch = self._prepare_inputs(self.rehearsal.of_step(step, process, processes))
+        labels = batch["labels"][:, 1:]
+        is_vision = labels >= self.processing_class.text_vocab_size
+        is_text = (labels >= 0) & ~is_vision
+        total = self.accelerator.gather((is_text | is_vision).sum()).sum()  # gradients are averaged over processes
+        outputs = model(**self.rehearsal.as_read(batch, step, process), use_cache=False, num_items_in_batch=total)
+        terms = {"rehearsal_text_loss": outputs.text_loss, "rehearsal_vision_loss": outputs.vision_loss}
+        self.keep_terms(terms, {"rehearsal_text_loss": is_text.sum(), "rehearsal_vision_loss": is_vision.sum()})
+        return outputs.loss * processes
 
 
 def describe_trained(model: nn.Module) -> str:
@@ -88,8 +121,10 @@ def describe_trained(model: nn.Module) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the stage; `arguments` are those of the command line."""
-    parser = StageParser("sft", (SFTArguments, DataArguments, ConversationArguments, AdapterArguments, SFTConfig))
-    stage, data, conversations, adapter, args = parser.parse_args_and_config(arguments)
+    parser = StageParser(
+        "sft", (SFTArguments, DataArguments, ConversationArguments, RehearsalArguments, AdapterArguments, SFTConfig)
+    )
+    stage, data, conversations, rehearsing, adapter, args = parser.parse_args_and_config(arguments)
     args.remove_unused_columns = False  # samples are opened when they are read
     args.assistant_only_loss = True
     check_path(stage.model)
@@ -105,12 +140,16 @@ def main(arguments: list[str] | None = None) -> None:
         say = print if args.process_index == 0 else logger.debug
         train_data = read_conversations(data.dataset, conversations, ConversationCheck(processor, args.max_length), say)
         eval_data = None
+    rehearsal = rehearsing.open(data, processor, args.seed)
+    if rehearsal is not None and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # two forward passes a step: what one does not use, the other does
     collator = AnswerCollator(processor, args.max_length)
     every = max(1, len(train_data) // CHECKED_SAMPLES)
     check_supervision(collator, [train_data[i] for i in range(0, len(train_data), every)])
     trainer = LibraSFTTrainer(
         model=load_model(stage.model, **adapter.loading_options(args)),
         processing_class=processor,
+        rehearsal=rehearsal,
         args=args,
         data_collator=collator,
         train_dataset=train_data,

@@ -85,6 +85,12 @@ def stage_flags(stage, start, data, out, **options) -> list[str]:
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
+def rehearsing(captions, batch_size) -> dict:
+    """So many samples of pretraining for each process, of both layouts."""
+    names = ("weight", "dataset", "batch_size", "noise")  # of each process's own images
+    return dict(zip((f"rehearsal_{name}" for name in names), (0.5, captions, batch_size, 0)))
+
+
 def launch(engine, jobs, folder) -> str:
     """Runs stages with two processes, as `accelerate launch` does with the shipped configuration."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -104,6 +110,7 @@ def one(start, captions, talks, tmp_path_factory):
     pretrain.main(stage_flags("pretrain", start, captions, folder / "pretrain", **accumulate))
     whole = {"per_device_train_batch_size": 2, "gradient_checkpointing": False}
     sft.main(stage_flags("sft", start, talks, folder / "sft", **whole))
+    sft.main(stage_flags("sft", start, talks, folder / "rehearsed", **whole, **rehearsing(captions, 8)))
     return folder
 
 
@@ -117,6 +124,13 @@ def two(request, start, captions, talks, tmp_path_factory):
     jobs = [
         ("pretrain", stage_flags("pretrain", start, captions, folder / "pretrain", **save), {}),
         ("sft", stage_flags("sft", start, talks, folder / "sft", gradient_checkpointing=True), {}),
+        (
+            "sft",
+            stage_flags(
+                "sft", start, talks, folder / "rehearsed", **rehearsing(captions, 4), gradient_checkpointing=True
+            ),
+            {},
+        ),
     ] + [
         ("pretrain", stage_flags("pretrain", start, captions, folder / "parts", max_steps=steps, **save), sharded)
         for steps in (2, 3)
@@ -152,6 +166,11 @@ def test_pretraining(one, two, start):
 def test_instruction_tuning(one, two):
     """A step in which both processes have images, one in which one has text alone, and one in which both do."""
     assert_same_run(two / "sft", one / "sft", "loss", "grad_norm")
+
+
+def test_rehearsing_beside_conversations(one, two):
+    names = ("loss", "rehearsal_text_loss", "rehearsal_vision_loss", "grad_norm")
+    assert_same_run(two / "rehearsed", one / "rehearsed", *names)
 
 
 def test_a_checkpoint_of_two_processes_is_a_whole_model_for_one(two):
