@@ -64,9 +64,6 @@ class PretrainArguments:
         vision_system (`dict`, *optional*):
             Fields of [`LibraConfig`] for a fresh vision system, such as `use_expert`, `use_bridge` and
             `use_continuous_features`, rows (d), (e) and (f) of Table 3.
-        keep_answers (`bool`, *optional*, defaults to `False`):
-            Whether only that of the vision system is trained which text never reads, see [`freeze_what_text_reads`]: for
-            a model that was tuned on answers alone, and has to learn again to predict codes.
         global_batch_size (`int`, *optional*):
             Samples of all devices in a step. The run stops at once if the settings of batch and devices make another.
     """
@@ -79,7 +76,6 @@ class PretrainArguments:
     )
     vision_supervision: str = field(default="codes", metadata={"help": "Of images: codes, none or features."})
     vision_system: dict = field(default_factory=dict, metadata={"help": "Fields of LibraConfig, if it is fresh."})
-    keep_answers: bool = field(default=False, metadata={"help": "Whether only what text never reads is trained."})
     global_batch_size: int | None = field(default=None, metadata={"help": "Samples of all devices in a step, checked."})
 
     def __post_init__(self):
@@ -98,10 +94,6 @@ class PretrainArguments:
             raise ValueError(
                 f"vision_supervision is {self.vision_supervision}, but images are drawn as codes: set "
                 "text_to_image_fraction to 0."
-            )
-        if self.keep_answers and (not self.model or self.vision_supervision != "codes"):
-            raise ValueError(
-                "keep_answers trains a whole model further on codes: set model, and vision_supervision to codes."
             )
 
     def load(self, seed: int) -> tuple[LibraForCausalLM, LibraProcessor]:
@@ -221,35 +213,6 @@ def freeze_language_model(model: nn.Module) -> tuple[int, int]:
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision" in name)
-    return _count_parameters(model)
-
-
-READ_BY_IMAGES_ALONE = ("q_proj", "q_norm", "o_proj", "bridge_on_language", "post_attention_layernorm", "mlp")
-"""Parts of the last layer of the vision system on which no text token depends."""
-
-
-def freeze_what_text_reads(model: LibraForCausalLM) -> tuple[int, int]:
-    """
-    Leaves only that of the vision system trainable on which no answer depends, so answers stay bit for bit as they are.
-
-    Text reads the keys and values of image tokens, and these depend on all layers below. What is left is, in the last
-    layer, what image tokens ask for and what they make of it, the bridge through which they look at text, the final norm
-    and the heads.
-
-    Args:
-        model ([`LibraForCausalLM`]): changed in place.
-
-    Returns:
-        `tuple` of two `int`: numbers of trainable and of frozen parameters.
-    """
-    last = f"vision_model.layers.{model.config.text_config.num_hidden_layers - 1}."
-    for name, parameter in model.named_parameters():
-        in_last = last in name and any(part in name.split(last)[1] for part in READ_BY_IMAGES_ALONE)
-        parameter.requires_grad_(in_last or "vision_model.norm." in name or "vision_lm_head." in name)
-    return _count_parameters(model)
-
-
-def _count_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters()) - trainable
 
@@ -421,7 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
     feature_head = None
     if stage.vision_supervision == "features":
         model.vision_feature_head = feature_head = FeatureHead(model.config)
-    trainable, frozen = (freeze_what_text_reads if stage.keep_answers else freeze_language_model)(model)
+    trainable, frozen = freeze_language_model(model)
     use_full_precision(model, mixed=args.bf16 or args.fp16)
     if args.process_index == 0:
         print(f"Training {trainable:,} parameters of the vision system; {frozen:,} others are frozen.")

@@ -51,13 +51,12 @@ TRAINING = (
     _training("sft", "sft", "sft", "model.safetensors", processes=2),
     _training("look", "sft", "look", "model.safetensors", processes=2),
     _training("answers", "sft", "answers", "model.safetensors", processes=2),
-    _training("draw", "pretrain", "draw", "model.safetensors", processes=2),
 )
 STAGES = (
     *TRAINING,
     Stage(
         "export",
-        ("libra_cli.main", "export", "runs/tiny/draw", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
+        ("libra_cli.main", "export", "runs/tiny/answers", "runs/tiny/libra-tiny", "--weights-dtype", "float16"),
         Path("runs/tiny/libra-tiny/model.safetensors"),
     ),
     Stage(

@@ -69,28 +69,3 @@ def test_three_steps_lower_the_loss(family, golden, samples, tmp_path):
 def test_where_to_start_from_is_one_or_the_other(places):
     with pytest.raises(ValueError, match="Pass either model, or language_model and image_tokenizer"):
         PretrainArguments(**places)
-
-
-@pytest.mark.parametrize(
-    "other", [{"language_model": "a", "image_tokenizer": "b"}, {"model": "a", "vision_supervision": "none"}]
-)
-def test_only_a_whole_model_can_keep_its_answers(other):
-    with pytest.raises(ValueError, match="keep_answers trains a whole model further on codes"):
-        PretrainArguments(keep_answers=True, **other)
-
-
-def test_answers_stay_as_they_are(golden, samples, tmp_path):
-    llm = make_llm(tmp_path / "llm", "llama", golden)
-    start = init_repo(llm, make_clip(tmp_path / "clip"), tmp_path / "start", **TOKENIZER_FIELDS)
-    flags = [part for name, value in OPTIONS.items() for part in (f"--{name}", str(value))]
-    pretrain.main(
-        ["--model", str(start), "--dataset", str(samples), "--output_dir", str(tmp_path / "out"), *flags,
-         "--keep_answers", "True"]
-    )  # fmt: skip
-    (before, processor), (after, _) = load_libra(start), load_libra(tmp_path / "out")
-    image = Image.open(next(samples.rglob("*.png")))
-    inputs = processor(text="<image>\na horse.", images=image, return_tensors="pt")
-    with torch.no_grad():
-        first, second = before(**inputs), after(**inputs)
-    assert torch.equal(first.logits, second.logits)
-    assert not torch.equal(first.vision_logits, second.vision_logits)

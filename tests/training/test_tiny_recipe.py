@@ -9,6 +9,7 @@ from trl import SFTConfig
 from training.adapters import AdapterArguments
 from training.conversations import ConversationArguments
 from training.data import DataArguments
+from training.rehearsal import RehearsalArguments
 from training.run import StageParser
 from training.sft import SFTArguments
 from training.tiny import TRAINING
@@ -36,7 +37,7 @@ def test_stages_start_from_stages_before_them():
     "stage", [stage for stage in TRAINING if "training.sft" in stage.command], ids=lambda stage: stage.name
 )
 def test_instruction_tuning_sees_every_scene_once(stage):
-    parser = StageParser("sft", (SFTArguments, DataArguments, ConversationArguments, AdapterArguments, SFTConfig))
-    arguments, data, _, _, training = parser.parse_args_and_config(["--config", stage.command[-1]])
+    options = (SFTArguments, DataArguments, ConversationArguments, RehearsalArguments, AdapterArguments, SFTConfig)
+    arguments, data, *_, training = StageParser("sft", options).parse_args_and_config(["--config", stage.command[-1]])
     assert arguments.global_batch_size == 2 * training.per_device_train_batch_size
     assert data.train_samples == training.max_steps * arguments.global_batch_size
