@@ -22,7 +22,7 @@ from .world.scenes import Layout, SceneObject, World
 DRAWING_VENDOR = "twemoji"
 """Whose drawings of the world's things are rehearsed: flat ones, of which codes keep the most."""
 
-DRAWINGS_OF_TEN = 6
+DRAWINGS_OF_TEN = 8
 """Of ten samples of the world so many are such drawings; the others are scenes."""
 
 

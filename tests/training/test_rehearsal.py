@@ -79,7 +79,7 @@ def test_the_world_has_drawings_and_scenes(icons):
         image = np.asarray(sample["image"])
         assert np.array_equal(pixels.setdefault(sample["text"], image), image)
         assert (image[0, 0] == 255).all()
-    for place in (6, 39):
+    for place in (DRAWINGS_OF_TEN, 39):
         assert samples[place]["text"] == scenes[place].caption
         assert np.array_equal(samples[place]["image"], scenes[place].image)
 
