@@ -25,9 +25,11 @@ FIRST_IMAGE = str(EXAMPLES / "strawberry.png")
 FIRST_CAPTION = "strawberry"
 MAX_SAMPLES = 4
 MAX_CAPTION = 200
+TEMPERATURE = 0.2
+"""At first: things as they were learned; with more, images are freer and soon without form."""
 
 
-def complete(image: str | None, rows: int = 4, caption: str = "", temperature: float = 1.0) -> Iterator[str]:
+def complete(image: str | None, rows: int = 4, caption: str = "", temperature: float = TEMPERATURE) -> Iterator[str]:
     """
     Completes an image from its first rows.
 
@@ -35,7 +37,7 @@ def complete(image: str | None, rows: int = 4, caption: str = "", temperature: f
         image (`str`, *optional*): path of the image.
         rows (`int`, *optional*, defaults to 4): rows of patches that are given.
         caption (`str`, *optional*): text before the image.
-        temperature (`float`, *optional*, defaults to 1): 0 for the likeliest codes; more for variety.
+        temperature (`float`, *optional*, defaults to 0.2): 0 for the likeliest codes; more for variety.
 
     Yields:
         `str`: HTML with the image so far, again at every row.
@@ -55,14 +57,14 @@ def complete(image: str | None, rows: int = 4, caption: str = "", temperature: f
         yield figures([whole, (picture(images[0], f"The image as completed so far: {told}"), told)], "Completion")
 
 
-def draw(caption: str, samples: int = 2, temperature: float = 1.0) -> Iterator[str]:
+def draw(caption: str, samples: int = 2, temperature: float = TEMPERATURE) -> Iterator[str]:
     """
     Draws images of a caption.
 
     Args:
         caption (`str`): what to draw.
         samples (`int`, *optional*, defaults to 2): how many.
-        temperature (`float`, *optional*, defaults to 1): 0 for the likeliest codes; more for variety.
+        temperature (`float`, *optional*, defaults to 0.2): 0 for the likeliest codes; more for variety.
 
     Yields:
         `str`: HTML with the images so far, again at every row.
@@ -138,7 +140,7 @@ def _build_draw():
 
 
 def _temperature():
-    return gr.Slider(0, 2, 1, step=0.1, label="Temperature", info="0: the likeliest patches. More: variety.")
+    return gr.Slider(0, 2, TEMPERATURE, step=0.1, label="Temperature", info="0: the likeliest patches. More: variety.")
 
 
 def _buttons(label):

@@ -111,6 +111,9 @@ TITLES = {name: task.title for name, task in TASKS.items()} | {
 }
 """What the results are called, in their order."""
 
+TEMPERATURE = 0.2
+"""Of the drawings: things are drawn as they were learned, with little chance."""
+
 MAIN = ("label", "cell", "count", "place", "exists_f1", "choice", "caption", "exists_zh", DRAWN, PSNR)
 """The results that say how good the model is; the others explain them."""
 
@@ -120,7 +123,7 @@ def evaluate_emoji(
     icons: str | Path,
     num_images: int = NUM_IMAGES,
     batch_size: int = 50,
-    temperature: float = 1.0,
+    temperature: float = TEMPERATURE,
     only: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """
@@ -131,7 +134,7 @@ def evaluate_emoji(
         icons (`str` or `Path`): folder with the iconify JSON files.
         num_images (`int`, *optional*, defaults to 500): images of each source, at least 10.
         batch_size (`int`, *optional*, defaults to 50): images at a time.
-        temperature (`float`, *optional*, defaults to 1.0): of the drawings.
+        temperature (`float`, *optional*, defaults to 0.2): of the drawings.
         only (`Sequence` of `str`, *optional*): results that are wanted, of [`TITLES`]; by default all.
 
     Returns:

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .emoji_drawing import draw_captions, reconstruct
-from .emoji_evaluation import TASKS, Case, ask, exam_cases, exam_scenes
+from .emoji_evaluation import TASKS, TEMPERATURE, Case, ask, exam_cases, exam_scenes
 from .figures import draw_sample_sheet
 from .world.concepts import drawn_concepts, load_subjects
 from .world.icons import UNSEEN_VENDOR
@@ -22,7 +22,7 @@ NUM_SINGLES, NUM_GRIDS = 12, 6
 ASKED_OF_GRIDS = ("caption", "count", "cell_any", "place", "exists")
 
 
-def draw_pictures(model: str | Path, icons: str | Path, folder: str | Path, temperature: float = 1.0) -> None:
+def draw_pictures(model: str | Path, icons: str | Path, folder: str | Path, temperature: float = TEMPERATURE) -> None:
     """
     Draws all [`PICTURES`], of drawings of the unseen vendor; the first of the images that the evaluation shows.
 
@@ -30,7 +30,7 @@ def draw_pictures(model: str | Path, icons: str | Path, folder: str | Path, temp
         model (`str` or `Path`): folder or Hub repo of a Libra.
         icons (`str` or `Path`): folder with the iconify JSON files.
         folder (`str` or `Path`): where to.
-        temperature (`float`, *optional*, defaults to 1.0): of what it draws.
+        temperature (`float`, *optional*, defaults to 0.2): of what it draws.
     """
     icons = Path(icons)
     concepts = drawn_concepts(icons, (UNSEEN_VENDOR,))

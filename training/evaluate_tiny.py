@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import LOSS_CURVES, write_card
-from .emoji_evaluation import NUM_IMAGES, TITLES, evaluate_emoji, format_table
+from .emoji_evaluation import NUM_IMAGES, TEMPERATURE, TITLES, evaluate_emoji, format_table
 from .emoji_pictures import draw_pictures
 from .figures import draw_loss_curves
 from .world.icons import install_icons
@@ -25,7 +25,7 @@ def evaluate_and_report(
     model: str | Path,
     icons: str | Path | None = None,
     num_images: int = NUM_IMAGES,
-    temperature: float = 1.0,
+    temperature: float = TEMPERATURE,
     only: Sequence[str] | None = None,
     output: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def evaluate_and_report(
         model (`str` or `Path`): folder or Hub repo.
         icons (`str` or `Path`, *optional*): folder with iconify JSON files; by default they are installed with npm.
         num_images (`int`, *optional*, defaults to 500): images of each source.
-        temperature (`float`, *optional*, defaults to 1.0): of the images it draws.
+        temperature (`float`, *optional*, defaults to 0.2): of the images it draws.
         only (`Sequence` of `str`, *optional*): results that are wanted, of [`~training.emoji_evaluation.TITLES`].
         output (`str` or `Path`, *optional*): JSON file for the numbers.
 
@@ -63,7 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="hub_configs/libra-tiny", help="folder or Hub repo")
     parser.add_argument("--icons", help="folder with iconify JSON files (default: installed with npm)")
     parser.add_argument("--images", type=int, default=NUM_IMAGES, help="images of each source (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the images it draws (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=TEMPERATURE, help="of the images it draws (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", metavar="RESULT", help=f"of: {', '.join(TITLES)}")
     parser.add_argument("--output", metavar="FILE.json", help="file for the numbers")
     parser.add_argument("--write-card", action="store_true", help="write table and pictures into the model's card")
