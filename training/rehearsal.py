@@ -22,6 +22,9 @@ from .world.scenes import Layout, SceneObject, World
 DRAWING_VENDOR = "twemoji"
 """Whose drawings of the world's things are rehearsed: flat ones, of which codes keep the most."""
 
+LAYOUT_SEED = 9
+"""Of size and place of each such drawing: libra-tiny knows these."""
+
 DRAWINGS_OF_TEN = 8
 """Of ten samples of the world so many are such drawings; the others are scenes."""
 
@@ -128,7 +131,8 @@ class WorldSamples(Dataset):
         subject: Subject = self.scenes.subjects[thing]
         drawing = subject.vendors.index(DRAWING_VENDOR) if DRAWING_VENDOR in subject.vendors else 0
         layout = Layout((SceneObject(thing, None, drawing),), subject.label)
-        return {"image": self._plain.draw(layout, np.random.default_rng(thing)).image, "text": subject.label}
+        image = self._plain.draw(layout, np.random.default_rng([LAYOUT_SEED, thing])).image
+        return {"image": image, "text": subject.label}
 
 
 @dataclass(frozen=True)
