@@ -38,9 +38,10 @@ class RehearsalArguments:
         rehearsal_weight (`float`, *optional*, defaults to 0.0): of the mean loss of these samples, beside that of the
             answers; at 0 nothing is rehearsed.
         rehearsal_batch_size (`int`, *optional*, defaults to 4): samples of each device in a step.
-        rehearsal_dataset (`str`, *optional*, defaults to `"world"`):
-            Drawings and scenes of the world (see [`WorldSamples`]), or where captioned images are, read as pretraining
-            reads them by default, see [`~training.captions.load_captions`].
+        rehearsal_dataset (`str`, *optional*):
+            Where captioned images are, read as pretraining reads them by default, see
+            [`~training.captions.load_captions`]; or `"world"`, its drawings and scenes (see [`WorldSamples`]), as is the
+            default for conversations about the world. For those of one's own there is none.
         rehearsal_samples (`int`, *optional*, defaults to 1000): of captioned images at most the first so many. They are
             kept in memory, encoded.
         rehearsal_draws (`float`, *optional*, defaults to 0.5): share with the image after its caption.
@@ -56,7 +57,7 @@ class RehearsalArguments:
         default=0.0, metadata={"help": "Weight of the loss of pretraining samples; 0: none."}
     )
     rehearsal_batch_size: int = field(default=4, metadata={"help": "Pretraining samples of each device in a step."})
-    rehearsal_dataset: str = field(default="world", metadata={"help": "'world', or where captioned images are."})
+    rehearsal_dataset: str | None = field(default=None, metadata={"help": "Where captioned images are, or 'world'."})
     rehearsal_samples: int = field(default=1000, metadata={"help": "Captioned images that are rehearsed, at most."})
     rehearsal_draws: float = field(default=0.5, metadata={"help": "Share with the image after its caption."})
     rehearsal_noise: float = field(default=0.4, metadata={"help": "Largest share of their codes read as wrong ones."})
@@ -74,7 +75,7 @@ class RehearsalArguments:
     def open(self, data: DataArguments, processor: LibraProcessor, seed: int) -> "Rehearsal | None":
         """
         Args:
-            data ([`DataArguments`]): what the world is.
+            data ([`DataArguments`]): of the conversations.
             processor ([`LibraProcessor`]): makes ids.
             seed (`int`): of all choices.
 
@@ -83,16 +84,19 @@ class RehearsalArguments:
 
         Raises:
             FileNotFoundError: if `rehearsal_dataset` is nowhere.
-            ValueError: if it has no captioned image.
+            ValueError: if it has no captioned image, or is not set for conversations of one's own.
         """
         if self.rehearsal_weight == 0:
             return None
+        place = self.rehearsal_dataset or ("world" if data.dataset == "world" else None)
+        if place is None:
+            raise ValueError("rehearsal_weight is set: set rehearsal_dataset, where captioned images are, as well.")
         samples: Dataset
-        if self.rehearsal_dataset == "world":
+        if place == "world":
             samples = WorldSamples(load_worlds(data)[0])
         else:
             captions = CaptionArguments()
-            source = captions.open(self.rehearsal_dataset, captions.split)
+            source = captions.open(place, captions.split)
             reader = SampleReader(source, captions, processor.tokenizer.all_special_tokens)
             samples = CheckedRows(source.rows, reader, self.rehearsal_samples)
         collator = PretrainCollator(processor, self.rehearsal_draws, seed)

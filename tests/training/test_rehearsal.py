@@ -193,6 +193,7 @@ def test_wrong_settings_stop_before_the_model_is_loaded(repo, talks, tmp_path, m
     with pytest.raises(FileNotFoundError, match="nowhere"):
         tune(repo, talks, tmp_path / "out", "--rehearsal_weight", 1, "--rehearsal_dataset", tmp_path / "nowhere")
     for flags, message in {
+        ("--rehearsal_weight", 1): "rehearsal_weight is set: set rehearsal_dataset, where captioned images are",
         ("--rehearsal_weight", -1): "rehearsal_weight must not be negative, found -1",
         ("--rehearsal_batch_size", 0): "rehearsal_batch_size must be at least 1, found 0",
         ("--rehearsal_samples", 0): "rehearsal_samples must be at least 1, found 0",
