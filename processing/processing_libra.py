@@ -211,8 +211,7 @@ class LibraProcessor(ProcessorMixin):
             codes, features = self._encode(batch.pop("pixel_values"))
             batch["image_features"] = features if torch.is_tensor(batch["input_ids"]) else features.cpu().numpy()
         self._fill_places(batch, rows, codes)
-        # lists in any case: to find the answers of a chat, every token is visited, which takes ten times longer in tensors
-        if torch.is_tensor(batch.get("offset_mapping")):
+        if torch.is_tensor(batch.get("offset_mapping")):  # each is read to find a chat's answers: slow in tensors
             batch["offset_mapping"] = batch["offset_mapping"].tolist()
         return batch
 

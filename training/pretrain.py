@@ -201,6 +201,20 @@ def pretraining_labels(
     return input_ids.masked_fill(ignored, -100)
 
 
+def drop_features_of_drawn(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Leaves images that are to be drawn without features: who draws has none.
+
+    Args:
+        batch (`dict`): of [`PretrainCollator`], tokenized.
+
+    Returns:
+        `dict`: a new one, without `draws`.
+    """
+    features = batch["image_features"].masked_fill(batch["draws"][:, None, None], 0.0)
+    return {name: value for name, value in batch.items() if name != "draws"} | {"image_features": features}
+
+
 def freeze_language_model(model: nn.Module) -> tuple[int, int]:
     """
     Leaves only the vision system trainable: the parameters with `vision` in their names.
@@ -264,10 +278,7 @@ class LibraPretrainer(StreamTrainer):
             self._throughput.count(inputs["attention_mask"])
         if "pixel_values" not in inputs:
             return inputs
-        draws = inputs.pop("draws")
-        inputs = dict(self.processing_class.tokenize_images(inputs))
-        inputs["image_features"] = inputs["image_features"].masked_fill(draws[:, None, None], 0.0)
-        return inputs
+        return drop_features_of_drawn(dict(self.processing_class.tokenize_images(inputs)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """

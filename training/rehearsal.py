@@ -15,8 +15,7 @@ from processing.processing_libra import LibraProcessor
 
 from .caption_stream import CaptionArguments, CheckedRows, SampleReader
 from .data import DataArguments, load_worlds
-from .pretrain import PretrainCollator
-from .world.concepts import Subject
+from .pretrain import PretrainCollator, drop_features_of_drawn
 from .world.scenes import Layout, SceneObject, World
 
 DRAWING_VENDOR = "twemoji"
@@ -91,7 +90,7 @@ class RehearsalArguments:
         place = self.rehearsal_dataset or ("world" if data.dataset == "world" else None)
         if place is None:
             raise ValueError("rehearsal_weight is set: set rehearsal_dataset, where captioned images are, as well.")
-        samples: Dataset
+        samples: WorldSamples | CheckedRows
         if place == "world":
             samples = WorldSamples(load_worlds(data)[0])
         else:
@@ -118,7 +117,8 @@ class WorldSamples(Dataset):
 
     def __init__(self, scenes: World) -> None:
         self.scenes = scenes
-        self._plain = World(scenes.subjects, "train", length=len(scenes.subjects), pastel_fraction=0.0)
+        plain = World(scenes.subjects, "train", length=len(scenes.subjects), pastel_fraction=0.0)
+        self._drawings = [_draw_alone(plain, thing) for thing in range(len(scenes.subjects))]
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -127,16 +127,17 @@ class WorldSamples(Dataset):
         """Sample `index`."""
         round_, place = divmod(index, 10)
         if place < DRAWINGS_OF_TEN:
-            return self._drawing((DRAWINGS_OF_TEN * round_ + place) % len(self.scenes.subjects))
+            return self._drawings[(DRAWINGS_OF_TEN * round_ + place) % len(self._drawings)]
         scene = self.scenes[index]
         return {"image": scene.image, "text": scene.caption}
 
-    def _drawing(self, thing: int) -> dict[str, Any]:
-        subject: Subject = self.scenes.subjects[thing]
-        drawing = subject.vendors.index(DRAWING_VENDOR) if DRAWING_VENDOR in subject.vendors else 0
-        layout = Layout((SceneObject(thing, None, drawing),), subject.label)
-        image = self._plain.draw(layout, np.random.default_rng([LAYOUT_SEED, thing])).image
-        return {"image": image, "text": subject.label}
+
+def _draw_alone(world: World, thing: int) -> dict[str, Any]:
+    """A thing as `DRAWING_VENDOR` draws it, or else the first that does."""
+    subject = world.subjects[thing]
+    drawing = subject.vendors.index(DRAWING_VENDOR) if DRAWING_VENDOR in subject.vendors else 0
+    layout = Layout((SceneObject(thing, None, drawing),), subject.label)
+    return {"image": world.draw(layout, np.random.default_rng([LAYOUT_SEED, thing])).image, "text": subject.label}
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Rehearsal:
     The pretraining samples of every step: a function of the step, so that a run that goes on has what it would have had.
 
     Args:
-        samples (`Dataset`): `{"image", "text"}` each.
+        samples ([`WorldSamples`] or [`~training.caption_stream.CheckedRows`]): `{"image", "text"}` each.
         collator ([`PretrainCollator`]): makes batches of them.
         batch_size (`int`): samples a process.
         weight (`float`): of their mean loss.
@@ -153,7 +154,7 @@ class Rehearsal:
         seed (`int`): of all choices.
     """
 
-    samples: Dataset
+    samples: WorldSamples | CheckedRows
     collator: PretrainCollator
     batch_size: int
     weight: float
@@ -170,7 +171,7 @@ class Rehearsal:
         Returns:
             `dict`: as of [`PretrainCollator`].
         """
-        count, wanted = len(self.samples), self.batch_size * num_processes  # type: ignore[arg-type]
+        count, wanted = len(self.samples), self.batch_size * num_processes
         chosen = np.random.default_rng([self.seed, step]).choice(count, wanted, replace=wanted > count)
         rows = range(process, wanted, num_processes)
         return self.collator([{**self.samples[int(chosen[row])], "place": (step, row)} for row in rows])
@@ -186,17 +187,12 @@ class Rehearsal:
         Returns:
             `dict`: a new one, without `draws`; `labels` are as they were.
         """
-        batch, processor = dict(batch), self.collator.processor
-        draws, ids = batch.pop("draws"), batch["input_ids"]
-        is_code = (ids >= processor.text_vocab_size) & (ids != processor.boi_token_id) & (ids != processor.eoi_token_id)
+        processor, ids = self.collator.processor, batch["input_ids"]
+        is_code = (ids >= processor.text_vocab_size) & (ids < processor.boi_token_id)
         codes = ids[is_code].view(len(ids), -1)  # (batch, codes of an image)
         mixed = mix_codes(codes, self.noise, np.random.default_rng([self.seed, step, process]))
-        mixed = torch.where(draws[:, None], mixed, codes)
-        return {
-            **batch,
-            "input_ids": ids.masked_scatter(is_code, mixed),
-            "image_features": batch["image_features"].masked_fill(draws[:, None, None], 0.0),
-        }
+        read = ids.masked_scatter(is_code, torch.where(batch["draws"][:, None], mixed, codes))
+        return drop_features_of_drawn(batch) | {"input_ids": read}
 
 
 def mix_codes(codes: torch.Tensor, noise: float, rng: np.random.Generator) -> torch.Tensor:

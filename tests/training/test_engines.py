@@ -86,9 +86,9 @@ def stage_flags(stage, start, data, out, **options) -> list[str]:
 
 
 def rehearsing(captions, batch_size) -> dict:
-    """So many samples of pretraining for each process, of both layouts."""
-    names = ("weight", "dataset", "batch_size", "noise")  # of each process's own images
-    return dict(zip((f"rehearsal_{name}" for name in names), (0.5, captions, batch_size, 0)))
+    """So many samples of pretraining for each process, of both layouts; without noise, which is each process's own."""
+    options = {"weight": 0.5, "dataset": captions, "batch_size": batch_size, "noise": 0}
+    return {f"rehearsal_{name}": value for name, value in options.items()}
 
 
 def launch(engine, jobs, folder) -> str:
@@ -120,17 +120,12 @@ def two(request, start, captions, talks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / request.param
     folder.mkdir()
     save = {"gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 2}
+    rehearse = {"gradient_checkpointing": True, **rehearsing(captions, 4)}
     sharded = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     jobs = [
         ("pretrain", stage_flags("pretrain", start, captions, folder / "pretrain", **save), {}),
         ("sft", stage_flags("sft", start, talks, folder / "sft", gradient_checkpointing=True), {}),
-        (
-            "sft",
-            stage_flags(
-                "sft", start, talks, folder / "rehearsed", **rehearsing(captions, 4), gradient_checkpointing=True
-            ),
-            {},
-        ),
+        ("sft", stage_flags("sft", start, talks, folder / "rehearsed", **rehearse), {}),
     ] + [
         ("pretrain", stage_flags("pretrain", start, captions, folder / "parts", max_steps=steps, **save), sharded)
         for steps in (2, 3)
