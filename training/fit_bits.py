@@ -7,7 +7,8 @@ where they began for as many steps as a small machine can afford. Here they begi
 1. The features predict pixels by ridge regression; the principal components of the prediction are rotated so that taking
    signs loses least (iterative quantization, Gong and Lazebnik, CVPR 2011).
 2. They are trained with a small decoder on the grid of patches in place of the real one, on features that are computed
-   once. In place of signs are hyperbolic tangents that become ever steeper.
+   once. For a third of the steps hyperbolic tangents, ever steeper, stand in place of signs; then there are signs, with the
+   gradient of such a tangent.
 """
 
 import math
@@ -25,7 +26,7 @@ from .reconstruction import clip_to_unit
 if TYPE_CHECKING:  # that module imports this one
     from .train_image_tokenizer import PixelSamples
 
-NUM_IMAGES = 4096
+NUM_IMAGES = 8192
 """Images that the bits are fitted on; all their features are in memory, in half precision."""
 NUM_REGRESSED = 1024
 """The first of them, on which regression, components and rotation are computed."""
@@ -33,8 +34,12 @@ BATCH_SIZE = 24
 RIDGE = 100.0
 ROTATIONS = 60
 """Rounds of iterative quantization."""
+SOFT_SHARE = 1 / 3
+"""Share of the steps with hyperbolic tangents in place of signs."""
 STEEPEST = 10.0
-"""Slope of the hyperbolic tangents at the end; 1 at the beginning."""
+"""Slope of these at the end; 1 at the beginning."""
+PASSED_SLOPE = 3.0
+"""Slope of the hyperbolic tangent whose gradient signs have."""
 LEARNING_RATES = (5e-4, 2e-3)
 """Of the bits and of the small decoder, at the beginning; they follow a cosine to 0."""
 PROXY_WIDTH = 192
@@ -167,8 +172,7 @@ def _train(functions: nn.Linear, decoder: ProxyDecoder, features: Tensor, patche
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         chosen = torch.randint(len(features), (BATCH_SIZE,))
-        slope = 1 + (STEEPEST - 1) * step / steps
-        signs = torch.tanh(slope * functions(features[chosen].float()))  # (n, patches, bits)
+        signs = _signs(functions(features[chosen].float()), step / steps)  # (n, patches, bits)
         error = (decoder(signs) - patches[chosen].float()).square().mean(dim=(1, 2))  # (n,)
         loss = error.clamp(min=1e-6).log10().mean()
         optimizer.zero_grad()
@@ -178,6 +182,14 @@ def _train(functions: nn.Linear, decoder: ProxyDecoder, features: Tensor, patche
         if step % 100 == 99:
             decibels = 10 * (math.log10(4) - loss.item())
             print(f"fitting bits: step {step + 1}/{steps}, PSNR {decibels:.2f} dB", flush=True)
+
+
+def _signs(values: Tensor, progress: float) -> Tensor:
+    """What stands for the signs of values, with a gradient, at a time of the training in [0, 1)."""
+    if progress < SOFT_SHARE:
+        return torch.tanh((1 + (STEEPEST - 1) * progress / SOFT_SHARE) * values)
+    soft = torch.tanh(PASSED_SLOPE * values)
+    return soft + (torch.where(values > 0, 1.0, -1.0) - soft).detach()
 
 
 def _write(model: LibraImageTokenizer, weight: Tensor, bias: Tensor) -> None:

@@ -7,7 +7,7 @@ Stage 0: the image tokenizer (Section 3.1): quantizer and decoder around a froze
 
 The loss is that of VQGAN around a lookup-free quantizer:
 
-    l1_weight * L1 + mse_weight * MSE + perceptual_weight * perceptual        reconstruction
+    l1_weight * L1 + mse_weight * MSE + log_mse_weight * log MSE + perceptual_weight * perceptual      reconstruction
     + gan_weight * adaptive_weight * generator                                 from step gan_start on
     + entropy_loss_weight * (per_sample_entropy - diversity_gamma * codebook_entropy)
     + commitment_loss_weight * commitment                                      quantizer, weights in tokenizer_config
@@ -49,6 +49,9 @@ from .world.concepts import load_concepts, load_other_subjects, training_subject
 from .world.icons import install_icons
 from .world.scenes import Scene, World
 
+SMALLEST_ERROR = 1e-6
+"""Squared error of an image, pixels in [-1, 1], below which its logarithm falls no further: 66 dB."""
+
 
 @dataclass
 class ImageTokenizerArguments:
@@ -67,7 +70,7 @@ class ImageTokenizerArguments:
             are trained further, around the CLIP given here; by default they start fresh.
         fit_bits_steps (`int`, *optional*, defaults to 0): Steps in which the bits are fitted to pixels before the decoder
             is trained, see [`~training.fit_bits`]; they stay as they are then. For small models: it runs on the CPU and
-            holds the features of 4096 images. 0, as in the paper: trained together.
+            holds the features of 8192 images. 0, as in the paper: trained together.
         encoder_from_scratch (`bool`, *optional*, defaults to `False`): Row (g) of the paper's Table 3: the encoder has the
             sizes of `clip` but fresh weights, and is trained together with quantizer and decoder.
         other_emoji (`bool`, *optional*, defaults to `True`): Whether scenes show further emoji beside the concepts.
@@ -76,6 +79,8 @@ class ImageTokenizerArguments:
         eval_samples (`int`, *optional*, defaults to 200): Scenes of the validation split.
         l1_weight (`float`, *optional*, defaults to 1.0): Weight of the absolute error of pixels in [-1, 1].
         mse_weight (`float`, *optional*, defaults to 1.0): Weight of their squared error; 0 in the authors' code.
+        log_mse_weight (`float`, *optional*, defaults to 0.0): Weight of the decadic logarithm of each image's squared error,
+            that is PSNR, in bel: plain images, of which little is wrong, count as much as others. 0 in the authors' code.
         perceptual (`str`, *optional*, defaults to `"encoder"`): The perceptual term: `"lpips"` as in the authors' code
             (needs `pip install 'libra-vlm[lpips]'`), `"encoder"` (features of the frozen CLIP) or `"none"`.
         perceptual_weight (`float`, *optional*, defaults to 0.1): Its weight.
@@ -110,6 +115,9 @@ class ImageTokenizerArguments:
     eval_samples: int = field(default=200, metadata={"help": "Scenes of the validation split."})
     l1_weight: float = field(default=1.0, metadata={"help": "Weight of the absolute error."})
     mse_weight: float = field(default=1.0, metadata={"help": "Weight of the squared error."})
+    log_mse_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the logarithm of each image's squared error."}
+    )
     perceptual: str = field(default="encoder", metadata={"help": "Perceptual term: lpips, encoder or none."})
     perceptual_weight: float = field(default=0.1, metadata={"help": "Weight of the perceptual term."})
     perceptual_layer: int = field(default=2, metadata={"help": "Hidden state whose distance 'encoder' takes."})
@@ -128,8 +136,8 @@ class ImageTokenizerArguments:
             raise FileNotFoundError(f"{self.dataset} is not a folder. Give 'world', or a folder of images.")
         if self.perceptual not in PERCEPTUAL_TERMS:
             raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL_TERMS)}, found {self.perceptual!r}.")
-        not_negative = ("l1_weight", "mse_weight", "perceptual_weight", "gan_weight", "gan_start", "grid_steps")
-        for name in (*not_negative, "fit_bits_steps"):
+        weights = ("l1_weight", "mse_weight", "log_mse_weight", "perceptual_weight", "gan_weight")
+        for name in (*weights, "gan_start", "grid_steps", "fit_bits_steps"):
             value = vars(self)[name]
             if value < 0:
                 raise ValueError(f"{name} must not be negative, found {value}.")
@@ -149,14 +157,14 @@ class ImageTokenizerArguments:
             )
         if not any(self.reconstruction_weights.values()):
             raise ValueError(
-                "The loss has no reconstruction term: set l1_weight, mse_weight or perceptual_weight above 0."
+                "The loss has no reconstruction term: set l1_weight, mse_weight, log_mse_weight or perceptual_weight above 0."
             )
 
     @property
     def reconstruction_weights(self) -> dict[str, float]:
         """`dict[str, float]`: The weights of the reconstruction terms, by the name of the term."""
         perceptual = {} if self.perceptual == "none" else {"perceptual": self.perceptual_weight}
-        return {"l1": self.l1_weight, "mse": self.mse_weight, **perceptual}
+        return {"l1": self.l1_weight, "mse": self.mse_weight, "log_mse": self.log_mse_weight, **perceptual}
 
     def check(self, config: LibraImageTokenizerConfig) -> None:
         """
@@ -285,7 +293,12 @@ class ImageTokenizerTrainer(LossTermsTrainer):
             pixels (`torch.Tensor` of shape `(n, 3, h, w)`): As CLIP reads them.
         """
         target = clip_to_unit(pixels)
-        terms = {"l1": F.l1_loss(reconstruction, target), "mse": F.mse_loss(reconstruction, target)}
+        errors = (reconstruction - target).square().mean(dim=(1, 2, 3))  # (n,)
+        terms = {
+            "l1": F.l1_loss(reconstruction, target),
+            "mse": errors.mean(),
+            "log_mse": errors.clamp(min=SMALLEST_ERROR).log10().mean(),
+        }
         if self.lpips is not None:
             terms["perceptual"] = self.lpips(reconstruction, target).mean()
         elif self.script.perceptual == "encoder":
