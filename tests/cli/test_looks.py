@@ -20,7 +20,7 @@ IMAGE, TINY = str(ROOT / "samples" / "airplane.png"), str(ROOT / "hub_configs" /
             "again: mean log-likelihood",
         ),
         (["draw", "horse", "--samples", "1", "--top-k", "5"], "Wrote"),
-        (["reconstruct", IMAGE], "airplane.png: PSNR 21."),
+        (["reconstruct", IMAGE], "airplane.png: PSNR 22."),
         (["attention", IMAGE, "What is in the image?", "--beside", f"again={TINY}"], "again: airplane"),
         (["attention", IMAGE, "--answer", "key", "--heads"], "libra-tiny: key"),
     ],
