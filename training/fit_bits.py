@@ -172,7 +172,7 @@ def _train(functions: nn.Linear, decoder: ProxyDecoder, features: Tensor, patche
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         chosen = torch.randint(len(features), (BATCH_SIZE,))
-        signs = _signs(functions(features[chosen].float()), step / steps)  # (n, patches, bits)
+        signs = trained_signs(functions(features[chosen].float()), step / steps)  # (n, patches, bits)
         error = (decoder(signs) - patches[chosen].float()).square().mean(dim=(1, 2))  # (n,)
         loss = error.clamp(min=1e-6).log10().mean()
         optimizer.zero_grad()
@@ -184,8 +184,17 @@ def _train(functions: nn.Linear, decoder: ProxyDecoder, features: Tensor, patche
             print(f"fitting bits: step {step + 1}/{steps}, PSNR {decibels:.2f} dB", flush=True)
 
 
-def _signs(values: Tensor, progress: float) -> Tensor:
-    """What stands for the signs of values, with a gradient, at a time of the training in [0, 1)."""
+def trained_signs(values: Tensor, progress: float) -> Tensor:
+    """
+    What stands for the signs of values, so that there is a gradient.
+
+    Args:
+        values (`torch.Tensor`): Of any shape.
+        progress (`float`): Time of the training, in [0, 1).
+
+    Returns:
+        `torch.Tensor` of the same shape: in [-1, 1] at first, later -1 or 1.
+    """
     if progress < SOFT_SHARE:
         return torch.tanh((1 + (STEEPEST - 1) * progress / SOFT_SHARE) * values)
     soft = torch.tanh(PASSED_SLOPE * values)

@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from processing.modeling_libra_image_tokenizer import LibraImageTokenizer
 from tests.training.libra_parts import SMALL_TOKENIZER
-from training.fit_bits import cut_patches, fit_bits, principal_bits
+from training.fit_bits import SOFT_SHARE, cut_patches, fit_bits, principal_bits, trained_signs
 
 
 class Blots(Dataset):
@@ -64,6 +64,17 @@ def test_principal_bits_find_what_pixels_depend_on():
     assert weight[:, 2:].abs().max() < 0.05 * weight[:, :2].abs().max()
     values = features @ weight.T + bias
     assert ((values > 0).float().mean(dim=0) - 0.5).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("progress", [SOFT_SHARE, 0.99])
+def test_at_last_bits_are_signs_with_a_gradient(progress):
+    """A hyperbolic tangent would tell the decoder more than a code does."""
+    values = torch.tensor([-2.0, -0.01, 0.0, 0.3], requires_grad=True)
+    signs = trained_signs(values, progress)
+    assert torch.allclose(signs, torch.tensor([-1.0, -1.0, -1.0, 1.0]))
+    signs.sum().backward()
+    assert (values.grad > 0).all()
+    assert values.grad[1] > values.grad[0]
 
 
 def test_more_bits_than_there_is_room_for_are_refused(tokenizer):
