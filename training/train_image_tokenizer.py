@@ -39,7 +39,7 @@ from .checkpoints import last_checkpoint
 from .discriminator import Adversary, PatchDiscriminator
 from .fit_bits import fit_bits
 from .fresh_encoder import FreshEncoderTokenizer, freeze_encoder
-from .image_tokenizer_losses import PERCEPTUAL_TERMS, adaptive_weight, encoder_distance, load_lpips
+from .image_tokenizer_losses import PERCEPTUAL_TERMS, adaptive_weight, encoder_distance, load_lpips, log_error
 from .images import to_pixel_values
 from .loss_terms import LossTermsTrainer
 from .reconstruction import ReconstructionGrids, clip_to_unit, codebook_use, count_codes, psnr, ssim
@@ -48,9 +48,6 @@ from .world.augment import Augmentation
 from .world.concepts import load_concepts, load_other_subjects, training_subjects
 from .world.icons import install_icons
 from .world.scenes import Scene, World
-
-SMALLEST_ERROR = 1e-6
-"""Squared error of an image, pixels in [-1, 1], below which its logarithm falls no further: 66 dB."""
 
 
 @dataclass
@@ -293,11 +290,10 @@ class ImageTokenizerTrainer(LossTermsTrainer):
             pixels (`torch.Tensor` of shape `(n, 3, h, w)`): As CLIP reads them.
         """
         target = clip_to_unit(pixels)
-        errors = (reconstruction - target).square().mean(dim=(1, 2, 3))  # (n,)
         terms = {
             "l1": F.l1_loss(reconstruction, target),
-            "mse": errors.mean(),
-            "log_mse": errors.clamp(min=SMALLEST_ERROR).log10().mean(),
+            "mse": F.mse_loss(reconstruction, target),
+            "log_mse": log_error(reconstruction, target),
         }
         if self.lpips is not None:
             terms["perceptual"] = self.lpips(reconstruction, target).mean()
