@@ -17,23 +17,6 @@ PERCEPTUAL_TERMS = ("lpips", "encoder", "none")
 LARGEST_ADAPTIVE_WEIGHT = 1e4
 """The adaptive weight is clamped here, as in taming-transformers."""
 
-SMALLEST_ERROR = 1e-6
-"""Squared error of an image, pixels in [-1, 1], below which its logarithm falls no further: 66 dB."""
-
-
-def log_error(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """
-    PSNR as a loss: the mean decadic logarithm of each image's mean squared error. Nothing is clamped to colours there are.
-
-    Args:
-        reconstruction, target (`torch.Tensor` of shape `(n, ...)`): Pixels in [-1, 1], in any layout.
-
-    Returns:
-        `torch.Tensor` of shape `()`: In bel; 0.6 less a tenth of the PSNR.
-    """
-    errors = (reconstruction - target).square().flatten(1).mean(dim=1)  # (n,)
-    return errors.clamp(min=SMALLEST_ERROR).log10().mean()
-
 
 def load_lpips() -> nn.Module:
     """

@@ -7,7 +7,7 @@ Stage 0: the image tokenizer (Section 3.1): quantizer and decoder around a froze
 
 The loss is that of VQGAN around a lookup-free quantizer:
 
-    l1_weight * L1 + mse_weight * MSE + log_mse_weight * log MSE + perceptual_weight * perceptual      reconstruction
+    l1_weight * L1 + mse_weight * MSE + perceptual_weight * perceptual        reconstruction
     + gan_weight * adaptive_weight * generator                                 from step gan_start on
     + entropy_loss_weight * (per_sample_entropy - diversity_gamma * codebook_entropy)
     + commitment_loss_weight * commitment                                      quantizer, weights in tokenizer_config
@@ -39,7 +39,7 @@ from .checkpoints import last_checkpoint
 from .discriminator import Adversary, PatchDiscriminator
 from .fit_bits import fit_bits
 from .fresh_encoder import FreshEncoderTokenizer, freeze_encoder
-from .image_tokenizer_losses import PERCEPTUAL_TERMS, adaptive_weight, encoder_distance, load_lpips, log_error
+from .image_tokenizer_losses import PERCEPTUAL_TERMS, adaptive_weight, encoder_distance, load_lpips
 from .images import to_pixel_values
 from .loss_terms import LossTermsTrainer
 from .reconstruction import ReconstructionGrids, clip_to_unit, codebook_use, count_codes, psnr, ssim
@@ -76,8 +76,6 @@ class ImageTokenizerArguments:
         eval_samples (`int`, *optional*, defaults to 200): Scenes of the validation split.
         l1_weight (`float`, *optional*, defaults to 1.0): Weight of the absolute error of pixels in [-1, 1].
         mse_weight (`float`, *optional*, defaults to 1.0): Weight of their squared error; 0 in the authors' code.
-        log_mse_weight (`float`, *optional*, defaults to 0.0): Weight of the decadic logarithm of each image's squared error,
-            that is PSNR, in bel: plain images, of which little is wrong, count as much as others. 0 in the authors' code.
         perceptual (`str`, *optional*, defaults to `"encoder"`): The perceptual term: `"lpips"` as in the authors' code
             (needs `pip install 'libra-vlm[lpips]'`), `"encoder"` (features of the frozen CLIP) or `"none"`.
         perceptual_weight (`float`, *optional*, defaults to 0.1): Its weight.
@@ -112,9 +110,6 @@ class ImageTokenizerArguments:
     eval_samples: int = field(default=200, metadata={"help": "Scenes of the validation split."})
     l1_weight: float = field(default=1.0, metadata={"help": "Weight of the absolute error."})
     mse_weight: float = field(default=1.0, metadata={"help": "Weight of the squared error."})
-    log_mse_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the logarithm of each image's squared error."}
-    )
     perceptual: str = field(default="encoder", metadata={"help": "Perceptual term: lpips, encoder or none."})
     perceptual_weight: float = field(default=0.1, metadata={"help": "Weight of the perceptual term."})
     perceptual_layer: int = field(default=2, metadata={"help": "Hidden state whose distance 'encoder' takes."})
@@ -133,8 +128,8 @@ class ImageTokenizerArguments:
             raise FileNotFoundError(f"{self.dataset} is not a folder. Give 'world', or a folder of images.")
         if self.perceptual not in PERCEPTUAL_TERMS:
             raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL_TERMS)}, found {self.perceptual!r}.")
-        weights = ("l1_weight", "mse_weight", "log_mse_weight", "perceptual_weight", "gan_weight")
-        for name in (*weights, "gan_start", "grid_steps", "fit_bits_steps"):
+        not_negative = ("l1_weight", "mse_weight", "perceptual_weight", "gan_weight", "gan_start", "grid_steps")
+        for name in (*not_negative, "fit_bits_steps"):
             value = vars(self)[name]
             if value < 0:
                 raise ValueError(f"{name} must not be negative, found {value}.")
@@ -154,14 +149,14 @@ class ImageTokenizerArguments:
             )
         if not any(self.reconstruction_weights.values()):
             raise ValueError(
-                "The loss has no reconstruction term: set l1_weight, mse_weight, log_mse_weight or perceptual_weight above 0."
+                "The loss has no reconstruction term: set l1_weight, mse_weight or perceptual_weight above 0."
             )
 
     @property
     def reconstruction_weights(self) -> dict[str, float]:
         """`dict[str, float]`: The weights of the reconstruction terms, by the name of the term."""
         perceptual = {} if self.perceptual == "none" else {"perceptual": self.perceptual_weight}
-        return {"l1": self.l1_weight, "mse": self.mse_weight, "log_mse": self.log_mse_weight, **perceptual}
+        return {"l1": self.l1_weight, "mse": self.mse_weight, **perceptual}
 
     def check(self, config: LibraImageTokenizerConfig) -> None:
         """
@@ -290,11 +285,7 @@ class ImageTokenizerTrainer(LossTermsTrainer):
             pixels (`torch.Tensor` of shape `(n, 3, h, w)`): As CLIP reads them.
         """
         target = clip_to_unit(pixels)
-        terms = {
-            "l1": F.l1_loss(reconstruction, target),
-            "mse": F.mse_loss(reconstruction, target),
-            "log_mse": log_error(reconstruction, target),
-        }
+        terms = {"l1": F.l1_loss(reconstruction, target), "mse": F.mse_loss(reconstruction, target)}
         if self.lpips is not None:
             terms["perceptual"] = self.lpips(reconstruction, target).mean()
         elif self.script.perceptual == "encoder":
