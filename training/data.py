@@ -5,7 +5,7 @@ of one's own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from .world.augment import Augmentation
 from .world.concepts import Concept, load_concepts, training_subjects
 from .world.corpus import describe_places
+from .world.options import ask_for_letters
 from .world.questions import GRID_KINDS, SINGLE_KINDS, Question, scene_questions, without_prompt, wrong_answer
 from .world.scenes import Layout, Scene, World
 
@@ -53,6 +54,8 @@ class DataArguments:
         text_share (`float`, *optional*, defaults to 0.0): share of the conversations about a line of text that says what
             is where, without an image. The language model learns from them to look up what it is asked, and images only
             have to become as readable to it as the line is.
+        letters_share (`float`, *optional*, defaults to 0.0): share of the conversations about the letters of a list of
+            options, without an image either, see [`~training.world.options.ask_for_letters`].
 
     Raises:
         ValueError: if there are to be no training samples, no concepts or no questions (about some scenes).
@@ -74,12 +77,13 @@ class DataArguments:
     similar: float = field(default=1.0, metadata={"help": "Share of absent things that are like a present one."})
     bare_share: float = field(default=0.0, metadata={"help": "Share of the questions without their prompt."})
     text_share: float = field(default=0.0, metadata={"help": "Share of the conversations about a line of text."})
+    letters_share: float = field(default=0.0, metadata={"help": "Share of the conversations about lists of options."})
 
     def __post_init__(self):
         for name in ("train_samples", "num_concepts", "max_turns"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, found {vars(self)[name]}.")
-        for name in ("similar", "bare_share", "text_share"):
+        for name in ("similar", "bare_share", "text_share", "letters_share"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"{name} is a share, 0 to 1, found {vars(self)[name]}.")
         if self.named_once and self.naming_first:
@@ -179,16 +183,24 @@ def to_conversation(
         order = [first, *(question for question in order if question is not first)]
     if data.named_once:
         order = _name_once(order, rng)
-    messages = []
-    for question in order[: rng.integers(data.max_turns) + 1]:
-        bare = rng.random() < data.bare_share
-        asked = without_prompt(question.question) if bare else question.question
-        messages.append({"role": "user", "content": asked})
-        messages.append({"role": "assistant", "content": question.answer})
+    chosen = [
+        replace(question, question=without_prompt(question.question)) if rng.random() < data.bare_share else question
+        for question in order[: rng.integers(data.max_turns) + 1]
+    ]
+    messages = _messages(chosen)
     if isinstance(scene, Scene):
         return {"messages": messages, "images": [scene.image]}
     messages[0]["content"] = f"{describe_places(scene, rng, concepts)}\n{messages[0]['content']}"
     return {"messages": messages, "images": []}
+
+
+def _messages(questions: Sequence[Question]) -> list[dict[str, str]]:
+    """Questions and answers, alternating."""
+    return [
+        {"role": role, "content": content}
+        for question in questions
+        for role, content in (("user", question.question), ("assistant", question.answer))
+    ]
 
 
 def _questions_of_kinds(scene, rng, concepts, data):
@@ -228,6 +240,8 @@ def world_conversations(world: World, data: DataArguments) -> TableDataset:
 
     def draw_one(index: int) -> dict[str, Any]:
         rng = np.random.default_rng([world.seed, index])
+        if data.letters_share > 0 and rng.random() < data.letters_share:
+            return {"messages": _messages([ask_for_letters(rng, concepts)]), "images": []}
         is_text = data.text_share > 0 and rng.random() < data.text_share
         scene = world.layout(index, rng) if is_text else world[index]
         return to_conversation(scene, rng, concepts, data)

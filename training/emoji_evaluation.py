@@ -88,7 +88,8 @@ TASKS = {
     "count": Task("grid: how many objects", "count", False, lambda n: 1 / 3),
     "place": Task("grid: where is an object", "place", False, lambda n: 1 / len(CELLS)),
     "exists_f1": Task("grid: is there an object, F1", "exists", False, lambda n: 2 / 3, metric="f1"),
-    "choice": Task("single: multiple choice of 4", "choice", True, lambda n: 1 / 4),
+    "choice": Task("single: multiple choice of 4, the letter alone", "choice", True, lambda n: 1 / 4),
+    "choice_named": Task("single: multiple choice of 4, named first", "choice_named", True, lambda n: 1 / 4),
     "caption": Task("grid: caption exactly right", "caption", False, lambda n: 1 / 3 / n),
     "exists_zh": Task("grid: yes/no in Chinese", "exists_zh", False, lambda n: 1 / 2),
     "cell_any": Task("grid: what is in a cell, empty ones too", "cell", False, lambda n: 0.3),
@@ -114,7 +115,7 @@ TITLES = {name: task.title for name, task in TASKS.items()} | {
 TEMPERATURE = 0.2
 """Of the drawings: things are drawn as they were learned, with little chance."""
 
-MAIN = ("label", "cell", "count", "place", "exists_f1", "choice", "caption", "exists_zh", DRAWN, PSNR)
+MAIN = ("label", "cell", "count", "place", "exists_f1", "choice", "choice_named", "caption", "exists_zh", DRAWN, PSNR)
 """The results that say how good the model is; the others explain them."""
 
 

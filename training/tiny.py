@@ -49,6 +49,7 @@ TRAINING = (
     _training("pretrain", "pretrain", "pretrain", "model.safetensors", processes=2),
     _training("lines", "sft", "lines", "model.safetensors", processes=2),
     _training("sft", "sft", "sft", "model.safetensors", processes=2),
+    _training("letters", "sft", "letters", "model.safetensors", processes=2),
     _training("look", "sft", "look", "model.safetensors", processes=2),
     _training("answers", "sft", "answers", "model.safetensors", processes=2),
 )

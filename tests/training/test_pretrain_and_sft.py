@@ -15,7 +15,7 @@ from tests.training.libra_parts import make_parts
 from training import pretrain, sft
 from training.data import DataArguments, load_caption_data, load_world_conversations
 from training.pretrain import LibraPretrainer, PretrainCollator, freeze_language_model
-from training.world.questions import PROMPT_CAPTION, PROMPT_CHOICE, PROMPT_SHORT
+from training.world.questions import PROMPT_CAPTION, PROMPT_CHOICE, PROMPT_CHOICE_NAMED, PROMPT_SHORT
 
 SHORT = """
 dataset: world
@@ -232,8 +232,14 @@ def test_questions_without_their_prompts(data):
     asked = replace(data, max_turns=100, naming_first=False, bare_share=1.0)
     turns = [turn for row in load_world_conversations(asked)[0] for turn in _asked(row["messages"])]
     assert {"What is in the image?", "How many objects are there?", PROMPT_CAPTION} <= set(turns)
-    assert not any(turn.endswith((PROMPT_SHORT, PROMPT_CHOICE)) for turn in turns)
-    assert any(turn.startswith("What is in the image?\nA. ") for turn in turns)
+    assert not any(turn.endswith((PROMPT_SHORT, PROMPT_CHOICE_NAMED)) for turn in turns)
+    messages = [turn for row in load_world_conversations(asked)[0] for turn in row["messages"]]
+    choices = [
+        (turn["content"].endswith(PROMPT_CHOICE), len(answer["content"]) == 1)
+        for turn, answer in zip(messages[::2], messages[1::2], strict=True)
+        if turn["content"].startswith("What is in the image?\nA. ")
+    ]
+    assert set(choices) == {(True, True), (False, False)}  # a letter alone only if it is asked for
 
 
 def test_things_are_named_once(data):
@@ -297,6 +303,16 @@ def test_a_share_of_the_conversations_is_about_lines_of_text(data):
     assert all(line.startswith("image: ") for line in lines)
     assert not any("image: " in message["content"] for sample in texts for message in sample["messages"][1:])
     assert not any("image: " in m["content"] for sample in samples if sample["images"] for m in sample["messages"])
+
+
+def test_a_share_of_the_conversations_is_about_letters_of_options(data):
+    samples = load_world_conversations(replace(data, letters_share=0.5))[0]
+    texts = [sample for sample in samples if not sample["images"]]
+    assert 10 <= len(texts) <= 30
+    for sample in texts:
+        question, answer = sample["messages"]
+        assert question["content"].startswith("A. ")
+        assert re.fullmatch(r"(.+: [A-H], ){7}.+: [A-H]", answer["content"])
 
 
 def test_no_question_comes_twice(data):

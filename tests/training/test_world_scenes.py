@@ -10,9 +10,11 @@ from PIL import Image
 from training.world.augment import Augmentation
 from training.world.concepts import Subject, load_concepts, training_subjects
 from training.world.corpus import END, KINDS_OF_THINGS, SYSTEM_MESSAGE, TextWorld, chat, notes, prompts_with_answers
+from training.world.options import ask_for_letters
 from training.world.questions import (
     GRID_KINDS,
     PROMPT_CHOICE,
+    PROMPT_CHOICE_NAMED,
     PROMPT_SHORT,
     PROMPT_SHORT_ZH,
     SINGLE_KINDS,
@@ -158,6 +160,9 @@ def test_questions_about_a_single():
         assert len(set(options.values())) == 4
         assert options[question.answer] == "horse"
     assert len({question.answer for question in found["choice"]}) == 4
+    for question, named in zip(found["choice"], found["choice_named"], strict=True):
+        assert named.question == question.question.replace(PROMPT_CHOICE, PROMPT_CHOICE_NAMED)
+        assert named.answer == f"horse: {question.answer}"
 
 
 def test_yes_and_no_are_balanced_and_negatives_are_similar():
@@ -203,6 +208,24 @@ def test_questions_about_places():
         label = question.question.split("\n")[0].removeprefix("Where is the ").removesuffix("?")
         assert where[question.answer] == label
         assert question.answer in CELLS
+
+
+def test_letters_of_options():
+    concepts = load_concepts()
+    sizes, short = set(), 0
+    for seed in range(200):
+        question = ask_for_letters(np.random.default_rng(seed), concepts)
+        *lines, asked = question.question.split("\n")
+        options = {name: letter for letter, name in (line.split(". ", 1) for line in lines)}
+        assert list(options.values()) == list("ABCDEFGH")[: len(options)]
+        assert set(options) <= {concept.label for concept in concepts}
+        pairs = [pair.split(": ") for pair in question.answer.split(", ")]
+        assert asked == f"Which options are {', '.join(name for name, _ in pairs)}?"
+        assert all(options[name] == letter for name, letter in pairs)
+        sizes.add(len(options))
+        short += all(len(name) <= 6 for name in options)
+    assert sizes == set(range(2, 9))
+    assert 50 < short < 110
 
 
 def test_text_is_repeatable_and_complete():

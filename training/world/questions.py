@@ -14,6 +14,10 @@ PROMPT_SHORT = "Answer the question using a single word or phrase."
 PROMPT_CHOICE = "Answer with the option's letter from the given choices directly."
 """Follows questions with options."""
 
+PROMPT_CHOICE_NAMED = "Name it, then answer with the option's letter."
+"""Follows questions with options, too; not of the paper. Who names the thing first looks up the letter of a name that is
+written, which a model of few layers can, and not of one that it has in mind only."""
+
 PROMPT_CAPTION = "Provide a one-sentence caption for the provided image."
 """Asks for a caption."""
 
@@ -23,7 +27,7 @@ PROMPT_SHORT_ZH = "请直接回答。"
 LETTERS = "ABCD"
 """Letters of the options."""
 
-SINGLE_KINDS = ("caption", "count", "exists", "exists_zh", "label", "choice")
+SINGLE_KINDS = ("caption", "count", "exists", "exists_zh", "label", "choice", "choice_named")
 """Kinds of questions about a single."""
 
 GRID_KINDS = ("caption", "count", "exists", "exists_zh", "cell", "place")
@@ -49,8 +53,12 @@ class Question:
 
 
 def without_prompt(question: str) -> str:
-    """What a user may ask who does not know the prompts: `question` less its last line, unless that is all of it."""
-    return question.rpartition("\n")[0] or question
+    """
+    What a user may ask who does not know the prompts: `question` less its last line, unless that is all of it. The letter
+    alone is only for who asks for it: options without a prompt are answered with the name first.
+    """
+    asked, _, prompt = question.rpartition("\n")
+    return question if prompt == PROMPT_CHOICE or not asked else asked
 
 
 def with_article(label: str) -> str:
@@ -84,7 +92,7 @@ def scene_questions(
     ]
     if scene.is_single:
         questions.append(_short("label", "What is in the image?", concepts[scene.objects[0].subject].label))
-        questions.append(_choice(scene, rng, concepts))
+        questions += _choices(scene, rng, concepts)
     else:
         questions.append(_cell(scene, rng, concepts))
         item = scene.objects[int(rng.integers(len(scene.objects)))]
@@ -174,10 +182,18 @@ def _exists_zh(scene: Layout, rng: np.random.Generator, concepts: Sequence[Conce
     return Question("exists_zh", question, "有" if present else "没有", frozenset({asked}))
 
 
-def _choice(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> Question:
+def _choices(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> list[Question]:
+    """The same options twice: to be answered with the letter, and with the name and the letter."""
     subject = scene.objects[0].subject
     options = [subject, *_distractors(subject, [subject], len(LETTERS) - 1, rng, concepts, same_group=0.5)]
     order = rng.permutation(len(options)).tolist()
     lines = [f"{letter}. {concepts[options[i]].label}" for letter, i in zip(LETTERS, order)]
-    question = "\n".join(["What is in the image?", *lines, PROMPT_CHOICE])
-    return Question("choice", question, LETTERS[order.index(0)], frozenset(options))
+    letter = LETTERS[order.index(0)]
+    forms = (
+        ("choice", PROMPT_CHOICE, letter),
+        ("choice_named", PROMPT_CHOICE_NAMED, f"{concepts[subject].label}: {letter}"),
+    )
+    return [
+        Question(kind, "\n".join(["What is in the image?", *lines, prompt]), answer, frozenset(options))
+        for kind, prompt, answer in forms
+    ]
