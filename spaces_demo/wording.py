@@ -16,7 +16,7 @@ vision system* ([the paper]({PAPER})).
 TINY_NOTICE = """
 **This is libra-tiny**, a complete Libra small enough for two CPU cores. It has seen drawings of 100 things and nothing
 else. It names drawings, also in a corner of the image, captions them and counts to three. It mostly knows whether
-something is there, and where; which of four options is right it guesses. It learned from one image a conversation:
-clear the chat before the next. A photo gets the name of one of the 100 things. It draws these one by one,
-from their names; several together come out empty.
+something is there, where, and which of four options it is. It learned from one image a conversation: clear the chat
+before the next. A photo gets the name of one of the 100 things. It draws these one by one, from their names; several
+together come out empty.
 """

@@ -86,6 +86,8 @@ class DataArguments:
         for name in ("similar", "bare_share", "text_share", "letters_share"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"{name} is a share, 0 to 1, found {vars(self)[name]}.")
+        if self.letters_share > 0 and self.num_concepts < 2:
+            raise ValueError("letters_share is set: lists of options need num_concepts of at least 2, found 1.")
         if self.named_once and self.naming_first:
             raise ValueError("naming_first and named_once are opposites: set one of them to false.")
         if self.kinds is not None:

@@ -273,6 +273,8 @@ def test_no_questions_are_refused():
         DataArguments(kinds=["choice", "label"], naming_first=False)
     with pytest.raises(ValueError, match="similar is a share, 0 to 1, found 30"):
         DataArguments(similar=30)
+    with pytest.raises(ValueError, match="lists of options need num_concepts of at least 2, found 1"):
+        DataArguments(letters_share=0.1, num_concepts=1)
     with pytest.raises(ValueError, match="naming_first and named_once are opposites"):
         DataArguments(named_once=True)
     with pytest.raises(ValueError, match="With naming_first kinds must have 'caption'"):

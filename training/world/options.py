@@ -20,13 +20,13 @@ def ask_for_letters(rng: np.random.Generator, concepts: Sequence[Concept]) -> Qu
 
     Args:
         rng (`np.random.Generator`): Chooses two to eight options, and which are asked for.
-        concepts (`Sequence[Concept]`): The concepts, at least eight; three tenths of the lists have short names alone if
+        concepts (`Sequence[Concept]`): The concepts, at least two; three tenths of the lists have short names alone if
             there are as many.
 
     Returns:
         `Question`: Of the kind `"letters"`; its answer is each name with its letter, `"horse: A, key: C"`.
     """
-    count = int(rng.integers(2, len(OPTION_LETTERS) + 1))
+    count = int(rng.integers(2, min(len(OPTION_LETTERS), len(concepts)) + 1))
     short = [concept for concept in concepts if len(concept.label) <= SHORT_NAME]
     pool = short if len(short) >= count and rng.random() < 0.3 else concepts
     chosen = rng.choice(len(pool), size=count, replace=False).tolist()

@@ -40,7 +40,7 @@ class Question:
     A question about a scene.
 
     Args:
-        kind (`str`): One of [`SINGLE_KINDS`] or [`GRID_KINDS`].
+        kind (`str`): One of [`SINGLE_KINDS`] or [`GRID_KINDS`], or `"letters"`, about options alone.
         question (`str`): The whole of what the user asks, with its prompt.
         answer (`str`): The one right answer.
         names (`frozenset[int]`, *optional*): The concepts that the question names, by index; not those of its answer.
