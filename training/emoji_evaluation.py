@@ -1,7 +1,7 @@
 """What libra-tiny knows of its world: all kinds of questions, drawings of names, reconstructions.
 
 **Images.** Two sources: the drawings of the training vendors in new layouts (split "validation"), and those of a vendor
-that nothing was trained or tuned on (split "test"). 500 images each by default, always the same: 200 singles, every concept
+that nothing was trained on (split "test"). 500 images each by default, always the same: 200 singles, every concept
 twice, and 300 grids, 100 each with one, two and three objects of random concepts in random cells. The grounds are white or
 pastel, half and half; the drawings are not changed.
 
