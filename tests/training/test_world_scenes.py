@@ -228,6 +228,12 @@ def test_letters_of_options():
     assert 50 < short < 110
 
 
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_lists_of_options_are_no_longer_than_there_are_concepts(count):
+    lists = [ask_for_letters(np.random.default_rng(seed), load_concepts(count)).question for seed in range(50)]
+    assert {text.count("\n") for text in lists} == set(range(2, count + 1))
+
+
 def test_text_is_repeatable_and_complete():
     corpus = TextWorld("train", 400)
     documents = [corpus[index] for index in range(400)]

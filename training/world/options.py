@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .concepts import Concept
-from .questions import Question
+from .questions import LETTERS, Question, list_options
 
-OPTION_LETTERS = "ABCDEFGH"
 NAMES_ASKED = 8
 """Names whose letters are asked for: many, for one letter a question teaches little; the same ones come again."""
 SHORT_NAME = 6
@@ -26,12 +25,11 @@ def ask_for_letters(rng: np.random.Generator, concepts: Sequence[Concept]) -> Qu
     Returns:
         `Question`: Of the kind `"letters"`; its answer is each name with its letter, `"horse: A, key: C"`.
     """
-    count = int(rng.integers(2, min(len(OPTION_LETTERS), len(concepts)) + 1))
+    count = int(rng.integers(2, min(len(LETTERS), len(concepts)) + 1))
     short = [concept for concept in concepts if len(concept.label) <= SHORT_NAME]
     pool = short if len(short) >= count and rng.random() < 0.3 else concepts
     chosen = rng.choice(len(pool), size=count, replace=False).tolist()
     labels = [pool[i].label for i in chosen]
     asked = rng.integers(count, size=NAMES_ASKED).tolist()
-    lines = [f"{letter}. {label}" for letter, label in zip(OPTION_LETTERS, labels, strict=False)]
-    question = "\n".join([*lines, f"Which options are {', '.join(labels[i] for i in asked)}?"])
-    return Question("letters", question, ", ".join(f"{labels[i]}: {OPTION_LETTERS[i]}" for i in asked))
+    question = f"{list_options(labels)}\nWhich options are {', '.join(labels[i] for i in asked)}?"
+    return Question("letters", question, ", ".join(f"{labels[i]}: {LETTERS[i]}" for i in asked))

@@ -24,8 +24,11 @@ PROMPT_CAPTION = "Provide a one-sentence caption for the provided image."
 PROMPT_SHORT_ZH = "请直接回答。"
 """Follows questions in Chinese."""
 
-LETTERS = "ABCD"
-"""Letters of the options."""
+LETTERS = "ABCDEFGH"
+"""Letters of options, as many as there can be."""
+
+NUM_OPTIONS = 4
+"""Options of a question about a single."""
 
 SINGLE_KINDS = ("caption", "count", "exists", "exists_zh", "label", "choice", "choice_named")
 """Kinds of questions about a single."""
@@ -185,15 +188,20 @@ def _exists_zh(scene: Layout, rng: np.random.Generator, concepts: Sequence[Conce
 def _choices(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> list[Question]:
     """The same options twice: to be answered with the letter, and with the name and the letter."""
     subject = scene.objects[0].subject
-    options = [subject, *_distractors(subject, [subject], len(LETTERS) - 1, rng, concepts, same_group=0.5)]
+    options = [subject, *_distractors(subject, [subject], NUM_OPTIONS - 1, rng, concepts, same_group=0.5)]
     order = rng.permutation(len(options)).tolist()
-    lines = [f"{letter}. {concepts[options[i]].label}" for letter, i in zip(LETTERS, order)]
+    listed = list_options([concepts[options[i]].label for i in order])
     letter = LETTERS[order.index(0)]
     forms = (
         ("choice", PROMPT_CHOICE, letter),
         ("choice_named", PROMPT_CHOICE_NAMED, f"{concepts[subject].label}: {letter}"),
     )
     return [
-        Question(kind, "\n".join(["What is in the image?", *lines, prompt]), answer, frozenset(options))
+        Question(kind, f"What is in the image?\n{listed}\n{prompt}", answer, frozenset(options))
         for kind, prompt, answer in forms
     ]
+
+
+def list_options(labels: Sequence[str]) -> str:
+    """At most eight options with their letters, each in a line of its own: `"A. horse"`."""
+    return "\n".join(f"{letter}. {label}" for letter, label in zip(LETTERS, labels, strict=False))
