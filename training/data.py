@@ -189,15 +189,21 @@ def to_conversation(
         replace(question, question=without_prompt(question.question)) if rng.random() < data.bare_share else question
         for question in order[: rng.integers(data.max_turns) + 1]
     ]
-    messages = _messages(chosen)
+    messages = as_messages(chosen)
     if isinstance(scene, Scene):
         return {"messages": messages, "images": [scene.image]}
     messages[0]["content"] = f"{describe_places(scene, rng, concepts)}\n{messages[0]['content']}"
     return {"messages": messages, "images": []}
 
 
-def _messages(questions: Sequence[Question]) -> list[dict[str, str]]:
-    """Questions and answers, alternating."""
+def as_messages(questions: Sequence[Question]) -> list[dict[str, str]]:
+    """
+    Args:
+        questions (`Sequence[Question]`): of one conversation, in order.
+
+    Returns:
+        `list` of `dict`: messages of user and assistant, alternating.
+    """
     return [
         {"role": role, "content": content}
         for question in questions
@@ -243,7 +249,7 @@ def world_conversations(world: World, data: DataArguments) -> TableDataset:
     def draw_one(index: int) -> dict[str, Any]:
         rng = np.random.default_rng([world.seed, index])
         if data.letters_share > 0 and rng.random() < data.letters_share:
-            return {"messages": _messages([ask_for_letters(rng, concepts)]), "images": []}
+            return {"messages": as_messages([ask_for_letters(rng, concepts)]), "images": []}
         is_text = data.text_share > 0 and rng.random() < data.text_share
         scene = world.layout(index, rng) if is_text else world[index]
         return to_conversation(scene, rng, concepts, data)

@@ -17,8 +17,9 @@ on one GPU, with LoRA or QLoRA (see [`~training.adapters`]):
 Everything but the image tokenizer is trained, or the adapter; only answers are supervised (see [`~training.answers`]),
 and samples of pretraining if any are rehearsed (see [`~training.rehearsal`]). Every field of [`SFTArguments`],
 [`~training.data.DataArguments`], [`~training.conversations.ConversationArguments`],
-[`~training.rehearsal.RehearsalArguments`], [`~training.adapters.AdapterArguments`] and TRL's `SFTConfig` is a key of the
-YAML file and a command line flag; flags win. A run goes on from the last checkpoint in `output_dir` by itself.
+[`~training.rehearsal.RehearsalArguments`], [`~training.unspoken.UnspokenArguments`],
+[`~training.adapters.AdapterArguments`] and TRL's `SFTConfig` is a key of the YAML file and a command line flag; flags
+win. A run goes on from the last checkpoint in `output_dir` by itself.
 """
 
 import logging
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from libra_cli.loading import check_path, load_model
@@ -39,6 +41,7 @@ from .device_tokenization import DeviceTokenization
 from .loss_terms import LossTermsTrainer
 from .rehearsal import Rehearsal, RehearsalArguments
 from .run import StageParser, announce_run, check_global_batch, run_training, save_result
+from .unspoken import UnspokenArguments, UnspokenNames
 
 logger = logging.getLogger(__name__)
 
@@ -66,42 +69,69 @@ class SFTArguments:
 
 class LibraSFTTrainer(DeviceTokenization, LossTermsTrainer, SFTTrainer):
     """
-    TRL's trainer that tokenizes images on the device, in batches, and rehearses pretraining if asked to.
+    TRL's trainer that tokenizes images on the device, in batches. If asked to, it rehearses pretraining, and draws what is
+    had in mind to what was written.
 
     Args:
         model ([`LibraForCausalLM`]): is tuned.
         processing_class ([`LibraProcessor`]): its image tokenizer is moved to the device of the model.
         rehearsal ([`Rehearsal`], *optional*): pretraining samples of every step; their losses are logged as
             `rehearsal_text_loss` and `rehearsal_vision_loss`.
+        unspoken ([`UnspokenNames`], *optional*): questions of every step in two forms; the loss of their answers and the
+            distance of hidden states are logged as `unspoken_loss` and `unspoken_distance`.
         kwargs: as in TRL's `SFTTrainer`. `data_collator` is an [`AnswerCollator`].
     """
 
     def __init__(
-        self, model: nn.Module, processing_class: LibraProcessor, rehearsal: Rehearsal | None = None, **kwargs
+        self,
+        model: PreTrainedModel,
+        processing_class: LibraProcessor,
+        rehearsal: Rehearsal | None = None,
+        unspoken: UnspokenNames | None = None,
+        **kwargs,
     ) -> None:
+        if unspoken is not None:
+            unspoken.check_layers(model.config.text_config.num_hidden_layers)
         super().__init__(model=model, processing_class=processing_class, **kwargs)
         self.rehearsal = rehearsal
+        self.unspoken = unspoken
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss of the answers, and once a step that of the samples that are rehearsed."""
-        if self.rehearsal is None or not self.model.training or not self.accelerator.sync_gradients:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Rehearsed first: the head that is gathered for TRL's loss must stay so until backward, which begins there.
-        rehearsed = self.rehearsal.weight * self._rehearsal_loss(model)
+        """TRL's loss of the answers, and once a step that of the samples beside them."""
+        # These first: the head that is gathered for TRL's loss must stay so until backward, which begins there.
+        beside = []
+        if self.model.training and self.accelerator.sync_gradients:
+            if self.rehearsal is not None:
+                beside.append(self._rehearsal_loss(model, self.rehearsal))
+            if self.unspoken is not None:
+                beside.append(self._unspoken_loss(model, self.unspoken))
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return (found[0] + rehearsed, found[1]) if return_outputs else found + rehearsed
+        return (found[0] + sum(beside), found[1]) if return_outputs else found + sum(beside)
 
-    def _rehearsal_loss(self, model: nn.Module) -> torch.Tensor:
+    def _rehearsal_loss(self, model: nn.Module, rehearsal: Rehearsal) -> torch.Tensor:
         step, process, processes = self.state.global_step, self.args.process_index, self.args.world_size
-        batch = self._prepare_inputs(self.rehearsal.of_step(step, process, processes))
+        batch = self._prepare_inputs(rehearsal.of_step(step, process, processes))
         labels = batch["labels"][:, 1:]
         is_vision = labels >= self.processing_class.text_vocab_size
         is_text = (labels >= 0) & ~is_vision
-        total = self.accelerator.gather((is_text | is_vision).sum()).sum()  # gradients are averaged over processes
-        outputs = model(**self.rehearsal.as_read(batch, step, process), use_cache=False, num_items_in_batch=total)
+        outputs = self._run_beside(model, rehearsal.as_read(batch, step, process))
         terms = {"rehearsal_text_loss": outputs.text_loss, "rehearsal_vision_loss": outputs.vision_loss}
         self.keep_terms(terms, {"rehearsal_text_loss": is_text.sum(), "rehearsal_vision_loss": is_vision.sum()})
-        return outputs.loss * processes
+        return rehearsal.weight * outputs.loss * processes
+
+    def _unspoken_loss(self, model: nn.Module, unspoken: UnspokenNames) -> torch.Tensor:
+        step, process, processes = self.state.global_step, self.args.process_index, self.args.world_size
+        batch = self._prepare_inputs(unspoken.of_step(step, process, processes))
+        outputs = self._run_beside(model, batch, output_hidden_states=True)
+        distance = unspoken.distance(outputs.hidden_states, batch["labels"])
+        count = (batch["labels"] >= 0).sum()
+        self.keep_terms({"unspoken_loss": outputs.text_loss, "unspoken_distance": distance}, {"unspoken_loss": count})
+        return outputs.loss * processes + unspoken.weight * distance
+
+    def _run_beside(self, model: nn.Module, batch: dict[str, torch.Tensor], **kwargs):
+        """The model's outputs, whose `loss` is the sum of this process over the number of targets of all processes."""
+        total = self.accelerator.gather((batch["labels"][:, 1:] >= 0).sum()).sum()
+        return model(**batch, use_cache=False, num_items_in_batch=total, **kwargs)
 
 
 def describe_trained(model: nn.Module) -> str:
@@ -121,10 +151,12 @@ def describe_trained(model: nn.Module) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the stage; `arguments` are those of the command line."""
-    parser = StageParser(
-        "sft", (SFTArguments, DataArguments, ConversationArguments, RehearsalArguments, AdapterArguments, SFTConfig)
+    options = (
+        *(SFTArguments, DataArguments, ConversationArguments, RehearsalArguments, UnspokenArguments, AdapterArguments),
+        SFTConfig,
     )
-    stage, data, conversations, rehearsing, adapter, args = parser.parse_args_and_config(arguments)
+    parser = StageParser("sft", options)
+    stage, data, conversations, rehearsing, thinking, adapter, args = parser.parse_args_and_config(arguments)
     args.remove_unused_columns = False  # samples are opened when they are read
     args.assistant_only_loss = True
     check_path(stage.model)
@@ -141,8 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
         train_data = read_conversations(data.dataset, conversations, ConversationCheck(processor, args.max_length), say)
         eval_data = None
     rehearsal = rehearsing.open(data, processor, args.seed)
-    if rehearsal is not None and args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # two forward passes a step: what one does not use, the other does
+    unspoken = thinking.open(data, processor, args.seed)
+    if (rehearsal or unspoken) is not None and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # several forward passes a step: what one does not use, the other does
     collator = AnswerCollator(processor, args.max_length)
     every = max(1, len(train_data) // CHECKED_SAMPLES)
     check_supervision(collator, [train_data[i] for i in range(0, len(train_data), every)])
@@ -150,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         model=load_model(stage.model, **adapter.loading_options(args)),
         processing_class=processor,
         rehearsal=rehearsal,
+        unspoken=unspoken,
         args=args,
         data_collator=collator,
         train_dataset=train_data,

@@ -91,6 +91,20 @@ def rehearsing(captions, batch_size) -> dict:
     return {f"rehearsal_{name}": value for name, value in options.items()}
 
 
+def beside(captions, processes) -> dict:
+    """Conversations about the world, and beside them samples of pretraining and choices in two forms."""
+    world = {
+        "dataset": "world",
+        "icons": REPOSITORY / "tests" / "data" / "icons",
+        "num_concepts": 8,
+        "train_samples": 12,
+        "eval_samples": 2,
+    }
+    unspoken = {"weight": 2.0, "batch_size": 2 // processes, "layers": 1}
+    own = {f"unspoken_{name}": value for name, value in unspoken.items()}
+    return {**world, **rehearsing(captions, 8 // processes), **own}
+
+
 def launch(engine, jobs, folder) -> str:
     """Runs stages with two processes, as `accelerate launch` does with the shipped configuration."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -110,7 +124,7 @@ def one(start, captions, talks, tmp_path_factory):
     pretrain.main(stage_flags("pretrain", start, captions, folder / "pretrain", **accumulate))
     whole = {"per_device_train_batch_size": 2, "gradient_checkpointing": False}
     sft.main(stage_flags("sft", start, talks, folder / "sft", **whole))
-    sft.main(stage_flags("sft", start, talks, folder / "rehearsed", **whole, **rehearsing(captions, 8)))
+    sft.main(stage_flags("sft", start, talks, folder / "beside", **whole, **beside(captions, 1)))
     return folder
 
 
@@ -120,12 +134,12 @@ def two(request, start, captions, talks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / request.param
     folder.mkdir()
     save = {"gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 2}
-    rehearse = {"gradient_checkpointing": True, **rehearsing(captions, 4)}
+    more = {"gradient_checkpointing": True, **beside(captions, 2)}
     sharded = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     jobs = [
         ("pretrain", stage_flags("pretrain", start, captions, folder / "pretrain", **save), {}),
         ("sft", stage_flags("sft", start, talks, folder / "sft", gradient_checkpointing=True), {}),
-        ("sft", stage_flags("sft", start, talks, folder / "rehearsed", **rehearse), {}),
+        ("sft", stage_flags("sft", start, talks, folder / "beside", **more), {}),
     ] + [
         ("pretrain", stage_flags("pretrain", start, captions, folder / "parts", max_steps=steps, **save), sharded)
         for steps in (2, 3)
@@ -163,9 +177,9 @@ def test_instruction_tuning(one, two):
     assert_same_run(two / "sft", one / "sft", "loss", "grad_norm")
 
 
-def test_rehearsing_beside_conversations(one, two):
-    names = ("loss", "rehearsal_text_loss", "rehearsal_vision_loss", "grad_norm")
-    assert_same_run(two / "rehearsed", one / "rehearsed", *names)
+def test_samples_beside_conversations(one, two):
+    rehearsed, unspoken = ("rehearsal_text_loss", "rehearsal_vision_loss"), ("unspoken_loss", "unspoken_distance")
+    assert_same_run(two / "beside", one / "beside", "loss", *rehearsed, *unspoken, "grad_norm")
 
 
 def test_a_checkpoint_of_two_processes_is_a_whole_model_for_one(two):

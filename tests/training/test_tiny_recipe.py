@@ -13,6 +13,7 @@ from training.rehearsal import RehearsalArguments
 from training.run import StageParser
 from training.sft import SFTArguments
 from training.tiny import TRAINING
+from training.unspoken import UnspokenArguments
 
 
 def _settings(stage):
@@ -37,7 +38,8 @@ def test_stages_start_from_stages_before_them():
     "stage", [stage for stage in TRAINING if "training.sft" in stage.command], ids=lambda stage: stage.name
 )
 def test_instruction_tuning_sees_every_scene_once(stage):
-    options = (SFTArguments, DataArguments, ConversationArguments, RehearsalArguments, AdapterArguments, SFTConfig)
+    beside = (RehearsalArguments, UnspokenArguments, AdapterArguments)
+    options = (SFTArguments, DataArguments, ConversationArguments, *beside, SFTConfig)
     arguments, data, *_, training = StageParser("sft", options).parse_args_and_config(["--config", stage.command[-1]])
     assert arguments.global_batch_size == 2 * training.per_device_train_batch_size
     assert data.train_samples == training.max_steps * arguments.global_batch_size

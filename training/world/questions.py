@@ -186,19 +186,28 @@ def _exists_zh(scene: Layout, rng: np.random.Generator, concepts: Sequence[Conce
 
 
 def _choices(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> list[Question]:
-    """The same options twice: to be answered with the letter, and with the name and the letter."""
     subject = scene.objects[0].subject
     options = [subject, *_distractors(subject, [subject], NUM_OPTIONS - 1, rng, concepts, same_group=0.5)]
     order = rng.permutation(len(options)).tolist()
-    listed = list_options([concepts[options[i]].label for i in order])
-    letter = LETTERS[order.index(0)]
-    forms = (
-        ("choice", PROMPT_CHOICE, letter),
-        ("choice_named", PROMPT_CHOICE_NAMED, f"{concepts[subject].label}: {letter}"),
-    )
+    return choices_of([concepts[options[i]].label for i in order], order.index(0), frozenset(options))
+
+
+def choices_of(labels: Sequence[str], right: int, names: frozenset[int] = frozenset()) -> list[Question]:
+    """
+    The same options twice: to be answered with the letter, and with the name and the letter.
+
+    Args:
+        labels (`Sequence[str]`): The options, at most eight.
+        right (`int`): Which of them is in the image.
+        names (`frozenset[int]`, *optional*): As of [`Question`].
+
+    Returns:
+        `list[Question]`: Of the kinds `"choice"` and `"choice_named"`.
+    """
+    asked = f"What is in the image?\n{list_options(labels)}"
     return [
-        Question(kind, f"What is in the image?\n{listed}\n{prompt}", answer, frozenset(options))
-        for kind, prompt, answer in forms
+        Question("choice", f"{asked}\n{PROMPT_CHOICE}", LETTERS[right], names),
+        Question("choice_named", f"{asked}\n{PROMPT_CHOICE_NAMED}", f"{labels[right]}: {LETTERS[right]}", names),
     ]
 
 
