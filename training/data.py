@@ -4,6 +4,7 @@ Both come either from the world of `libra-tiny` (`dataset: world`, drawn on the 
 of one's own.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,9 @@ from .world.corpus import describe_places
 from .world.options import ask_for_letters
 from .world.questions import GRID_KINDS, SINGLE_KINDS, Question, scene_questions, without_prompt, wrong_answer
 from .world.scenes import Layout, Scene, World
+
+OTHER_ANSWER = {"yes": "no", "no": "yes", "有": "没有", "没有": "有"}
+"""Of yes/no questions."""
 
 
 @dataclass
@@ -185,6 +189,7 @@ def to_conversation(
         order = [first, *(question for question in order if question is not first)]
     if data.named_once:
         order = _name_once(order, rng)
+    order = _balance(order, data.kinds or [], rng)
     chosen = [
         replace(question, question=without_prompt(question.question)) if rng.random() < data.bare_share else question
         for question in order[: rng.integers(data.max_turns) + 1]
@@ -230,6 +235,23 @@ def _name_once(questions: Sequence[Question], rng: np.random.Generator) -> list[
             named |= question.names
     others = [question for question in questions if not question.names]
     return naming if rng.random() < 1 - len(others) / len(questions) else others
+
+
+def _balance(questions: Sequence[Question], kinds: Sequence[str], rng: np.random.Generator) -> list[Question]:
+    """
+    Leaves out yes/no questions so that in the mean as many with no are left as with yes, if any question is. They are drawn
+    half and half, but few things are there to be asked for, and no question comes twice: of many more would have no. Kinds
+    that come once at most are left as they are drawn.
+    """
+    counts = Counter((question.kind, question.answer) for question in questions)
+
+    def share(kind: str, answer: str) -> float:
+        if answer not in OTHER_ANSWER or kinds.count(kind) < 2:
+            return 1.0
+        return counts[kind, OTHER_ANSWER[answer]] / counts[kind, answer]
+
+    kept = [question for question in questions if rng.random() < share(question.kind, question.answer)]
+    return kept or list(questions[:1])
 
 
 def world_conversations(world: World, data: DataArguments) -> TableDataset:

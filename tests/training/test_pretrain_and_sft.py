@@ -1,6 +1,7 @@
 """Stages 1 and 2: what is supervised, what is trained, that a killed run goes on, that the result loads."""
 
 import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -258,6 +259,22 @@ def test_things_are_named_once(data):
         telling += naming == {False}
     assert several
     assert 0 < telling < 30  # of 40
+
+
+@pytest.mark.parametrize("single", [0.0, 1.0], ids=["grids", "singles"])
+@pytest.mark.parametrize("once", [True, False], ids=["named once", "any"])
+def test_yes_and_no_are_balanced_however_often_they_are_asked(data, single, once):
+    """What is there can be asked for once, what is not by many names."""
+    kinds = ["exists"] * 6 + ["exists_zh"] * 3 + ["place"] * 4 + ["count"]
+    asked = replace(
+        data, train_samples=400, max_turns=8, naming_first=False, named_once=once, kinds=kinds,
+        single_fraction=[single, single],
+    )  # fmt: skip
+    conversations = [row["messages"] for row in load_world_conversations(asked)[0]]
+    answers = Counter(turn["content"] for messages in conversations for turn in messages[1::2])
+    for yes, no in ("yes", "no"), ("有", "没有"):
+        assert answers[yes] + answers[no] > 60
+        assert 0.4 < answers[yes] / (answers[yes] + answers[no]) < 0.6, answers
 
 
 def _asked(messages):
