@@ -16,7 +16,8 @@ PROMPT_CHOICE = "Answer with the option's letter from the given choices directly
 
 PROMPT_CHOICE_NAMED = "Name it, then answer with the option's letter."
 """Follows questions with options, too; not of the paper. Who names the thing first looks up the letter of a name that is
-written, which a model of few layers can, and not of one that it has in mind only."""
+written, which a model of few layers learns by itself; to look up that of one that it has in mind it is taught
+([`~training.unspoken`])."""
 
 PROMPT_CAPTION = "Provide a one-sentence caption for the provided image."
 """Asks for a caption."""
