@@ -23,7 +23,7 @@ from .world.questions import NUM_OPTIONS, choices_of, scene_questions
 from .world.scenes import World
 
 MAX_QUESTIONS = 4
-"""About each single, if they fit the context: its image is the larger part of the cost."""
+"""About each scene, if they fit the context: its image is the larger part of the cost."""
 
 
 @dataclass
@@ -34,19 +34,19 @@ class UnspokenArguments:
     Args:
         unspoken_weight (`float`, *optional*, defaults to 0.0): of the distance of hidden states, beside the loss of these
             questions' answers, which counts like that of the others; at 0 there are none.
-        unspoken_batch_size (`int`, *optional*, defaults to 4): singles of each device in a step, each in both forms.
+        unspoken_batch_size (`int`, *optional*, defaults to 4): scenes of each device in a step, each in both forms.
         unspoken_layers (`list[int]`, *optional*, defaults to `[3, 4]`):
             After which layers hidden states are compared, counted from 1. The first should be one after which a written
             name has been read and its letter not been looked up.
 
     Raises:
-        ValueError: for a negative weight, no single or no layer.
+        ValueError: for a negative weight, no scene or no layer.
     """
 
     unspoken_weight: float = field(
         default=0.0, metadata={"help": "Weight of the distance of hidden states without and with the name; 0: none."}
     )
-    unspoken_batch_size: int = field(default=4, metadata={"help": "Singles of each device in a step, in both forms."})
+    unspoken_batch_size: int = field(default=4, metadata={"help": "Scenes of each device in a step, in both forms."})
     unspoken_layers: list[int] = field(
         default_factory=lambda: [3, 4], metadata={"help": "Layers after which hidden states are compared, from 1."}
     )
@@ -88,9 +88,9 @@ class UnspokenArguments:
             raise ValueError(
                 "unspoken_weight is set, but the context of the model is too short for an image and a question."
             )
-        singles = load_worlds(replace(data, single_fraction=[1.0, 1.0]))[0]
+        scenes = load_worlds(replace(data, single_fraction=[0.5, 0.5]))[0]
         collator, layers = AnswerCollator(processor), tuple(self.unspoken_layers)
-        return UnspokenNames(singles, collator, self.unspoken_batch_size, questions, self.unspoken_weight, layers, seed)
+        return UnspokenNames(scenes, collator, self.unspoken_batch_size, questions, self.unspoken_weight, layers, seed)
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,16 @@ class UnspokenNames:
     The questions of every step in both forms: a function of the step, as [`~training.rehearsal.Rehearsal`].
 
     Args:
-        singles ([`World`]): of the training split.
+        scenes ([`World`]): of the training split, singles and grids.
         collator ([`AnswerCollator`]): makes batches; it cuts nothing off.
-        batch_size (`int`): singles a process.
+        batch_size (`int`): scenes a process.
         questions (`int`): about each of them.
         weight (`float`): of the distance.
         layers (`tuple[int, ...]`): after which hidden states are compared, counted from 1.
         seed (`int`): of all choices.
     """
 
-    singles: World
+    scenes: World
     collator: AnswerCollator
     batch_size: int
     questions: int
@@ -131,18 +131,18 @@ class UnspokenNames:
         """
         Args:
             step (`int`): of the run.
-            process (`int`): of those that share the step's singles, in `[0, num_processes)`.
+            process (`int`): of those that share the step's scenes, in `[0, num_processes)`.
             num_processes (`int`): how many there are.
 
         Returns:
             `dict`: as of [`AnswerCollator`], of `2 * batch_size` rows: first all with letters alone, then the same
-            singles and options in the same order with names and letters.
+            scenes and options in the same order with names and letters.
         """
-        concepts = load_concepts(len(self.singles.subjects))
+        concepts = load_concepts(len(self.scenes.subjects))
         conversations: dict[str, list] = {"choice": [], "choice_named": []}
         for row in range(process, self.batch_size * num_processes, num_processes):
             rng = np.random.default_rng([self.seed, step, row])
-            scene = self.singles[int(rng.integers(len(self.singles)))]
+            scene = self.scenes[int(rng.integers(len(self.scenes)))]
             asked = [question for _ in range(self.questions) for question in scene_questions(scene, rng, concepts)]
             for kind, found in conversations.items():
                 messages = as_messages([question for question in asked if question.kind == kind])
@@ -180,7 +180,7 @@ def questions_that_fit(processor: LibraProcessor, labels: Sequence[str]) -> int:
         `int`: how many choices about one image fit whatever their options are, at most [`MAX_QUESTIONS`].
     """
     longest = sorted(labels, key=lambda label: len(processor.tokenizer(label)["input_ids"]))[-NUM_OPTIONS:]
-    named = choices_of(longest, len(longest) - 1)[1:]
+    named = choices_of("What is in the bottom right?", longest, len(longest) - 1)[1:]
     text = processor.apply_chat_template(as_messages(named), tokenize=False)
     room = (row_length(processor, None) or NO_LENGTH_LIMIT) - processor.num_image_tokens
     return min(MAX_QUESTIONS, room // len(processor.tokenizer(text)["input_ids"]))

@@ -50,7 +50,7 @@ def test_answers_choices_with_the_letter_alone(captioner, drawings, least, capsy
         others = [label for label in labels if label != sample["label"]]
         options = rng.permutation([sample["label"], *rng.choice(others, 3, replace=False)]).tolist()
         letters.append("ABCD"[options.index(sample["label"])])
-        question = choices_of(options, 0)[0].question
+        question = choices_of("What is in the image?", options, 0)[0].question
         content = [{"type": "image", "path": str(EVALUATION / sample["file"])}, {"type": "text", "text": question}]
         conversations.append([{"role": "user", "content": content}])
     processor = captioner.processor

@@ -68,7 +68,7 @@ def test_the_images_are_as_described(icons, scenes):
 def test_chance_is_what_the_best_blind_answer_scores(scenes):
     concepts = load_concepts(8)
     cases = exam_cases(scenes, concepts, TASKS)
-    assert len(cases) == 200 * 7 + 300 * 6
+    assert len(cases) == 200 * 7 + 300 * 8
     for name, task in TASKS.items():
         right = [c.question.answer for c in cases if (c.question.kind, c.single) == (task.kind, task.single)]
         blind = {
@@ -76,7 +76,7 @@ def test_chance_is_what_the_best_blind_answer_scores(scenes):
         }
         if name == "cell_any":
             blind["nothing"] = score(task, cases, ["nothing"] * len(cases)).value
-        if name == "choice_named":
+        if task.kind == "choice_named":
             blind["first option"] = score(task, cases, [_first_option(case.question) for case in cases]).value
         best = max(blind.values())
         spread = 4 * np.sqrt(0.25 / len(right))  # the answers are drawn at random
@@ -117,7 +117,7 @@ def test_answers_are_those_of_generate(scenes, toy):
     shown = [*scenes[:3], *scenes[200:204]]
     cases = exam_cases(shown, load_concepts(8), TASKS)
     answers = ask(model, processor, shown, cases, batch_size=2)
-    assert len(answers) == 3 * 7 + 4 * 6
+    assert len(answers) == 3 * 7 + 4 * 8
     assert len(set(answers)) > 3
     for case, answer in list(zip(cases, answers))[::4]:
         parts = [{"type": "image", "image": shown[case.image].image}, {"type": "text", "text": case.question.question}]

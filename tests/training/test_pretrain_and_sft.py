@@ -215,7 +215,7 @@ def test_conversations_about_the_world(data, naming_first):
 
 
 def test_kinds_of_questions_as_often_as_they_are_named(data):
-    asked = replace(data, max_turns=100, naming_first=False, kinds=["exists", "exists", "exists", "choice", "place"])
+    asked = replace(data, max_turns=100, naming_first=False, kinds=["exists", "exists", "exists", "label", "place"])
     conversations = [row["messages"] for row in load_world_conversations(asked)[0]]
     counts = {
         (len(turns), sum(turn.startswith("Is there a") for turn in turns)) for turns in map(_asked, conversations)
@@ -287,7 +287,7 @@ def test_no_questions_are_refused():
     with pytest.raises(ValueError, match=r"kinds are of \['caption', .*\], found \['exist'\]"):
         DataArguments(kinds=["exist"])
     with pytest.raises(ValueError, match=r"kinds must have one of \['caption', .*\] to ask about grids, found"):
-        DataArguments(kinds=["choice", "label"], naming_first=False)
+        DataArguments(kinds=["label"], naming_first=False)
     with pytest.raises(ValueError, match="similar is a share, 0 to 1, found 30"):
         DataArguments(similar=30)
     with pytest.raises(ValueError, match="lists of options need num_concepts of at least 2, found 1"):

@@ -71,7 +71,7 @@ def test_both_forms_ask_the_same_and_end_in_the_same_letter(unspoken):
 def test_as_many_questions_as_fit_the_context(unspoken):
     """Whatever their options are; the toy's context is short."""
     processor, limit = unspoken.collator.processor, unspoken.collator.processor.tokenizer.model_max_length
-    labels = [subject.label for subject in unspoken.singles.subjects]
+    labels = [subject.label for subject in unspoken.scenes.subjects]
     assert unspoken.questions == questions_that_fit(processor, labels)
     lengths = [unspoken.of_step(step, 0, 1)["input_ids"].shape[1] for step in range(10)]
     assert max(lengths) <= limit < 2 * max(lengths) * (unspoken.questions + 1) / unspoken.questions
@@ -81,7 +81,7 @@ def test_as_many_questions_as_fit_the_context(unspoken):
     assert questions_that_fit(processor, labels) == 0
 
 
-def test_processes_share_the_singles_of_a_step(unspoken):
+def test_processes_share_the_scenes_of_a_step(unspoken):
     whole = replace(unspoken, batch_size=4).of_step(3, 0, 1)["pixel_values"][:4]
     two = replace(unspoken, batch_size=2)
     parts = [two.of_step(3, process, 2)["pixel_values"][:2] for process in range(2)]
@@ -146,7 +146,7 @@ def test_the_forms_come_together_and_a_stopped_run_goes_on(repo, icons, tmp_path
     tune(repo, icons, tmp_path / "parts", *flags, max_steps=2)
     resumed = tune(repo, icons, tmp_path / "parts", *flags, max_steps=12)
     distances = logged(whole, "unspoken_distance")
-    assert distances[-1] < 0.7 * distances[0]
+    assert distances[-1] < 0.8 * distances[0]
     assert logged(resumed, "unspoken_distance") == distances
     expected = load_libra(whole)[0].state_dict()
     for name, value in load_libra(resumed)[0].state_dict().items():

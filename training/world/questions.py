@@ -29,12 +29,12 @@ LETTERS = "ABCDEFGH"
 """Letters of options, as many as there can be."""
 
 NUM_OPTIONS = 4
-"""Options of a question about a single."""
+"""Options of a question."""
 
 SINGLE_KINDS = ("caption", "count", "exists", "exists_zh", "label", "choice", "choice_named")
 """Kinds of questions about a single."""
 
-GRID_KINDS = ("caption", "count", "exists", "exists_zh", "cell", "place")
+GRID_KINDS = ("caption", "count", "exists", "exists_zh", "cell", "place", "choice", "choice_named")
 """Kinds of questions about a grid."""
 
 
@@ -103,6 +103,7 @@ def scene_questions(
         place = CELLS[item.cell or 0]
         where = f"Where is the {concepts[item.subject].label}?"
         questions.append(_short("place", where, place, {item.subject}))
+        questions += _cell_choices(scene, rng, concepts)
     return questions
 
 
@@ -189,26 +190,42 @@ def _exists_zh(scene: Layout, rng: np.random.Generator, concepts: Sequence[Conce
 def _choices(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> list[Question]:
     subject = scene.objects[0].subject
     options = [subject, *_distractors(subject, [subject], NUM_OPTIONS - 1, rng, concepts, same_group=0.5)]
+    return _shuffled("What is in the image?", options, rng, concepts)
+
+
+def _cell_choices(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> list[Question]:
+    """About a cell with an object; the others in the image are options as well."""
+    item = scene.objects[int(rng.integers(len(scene.objects)))]
+    shown = [item.subject, *(other.subject for other in scene.objects if other is not item)]
+    more = _distractors(item.subject, shown, NUM_OPTIONS - len(shown), rng, concepts, same_group=0.5)
+    return _shuffled(f"What is in the {CELLS[item.cell or 0]}?", shown + more, rng, concepts)
+
+
+def _shuffled(
+    asked: str, options: Sequence[int], rng: np.random.Generator, concepts: Sequence[Concept]
+) -> list[Question]:
+    """Both forms of a question, of whose options the first is right."""
     order = rng.permutation(len(options)).tolist()
-    return choices_of([concepts[options[i]].label for i in order], order.index(0), frozenset(options))
+    return choices_of(asked, [concepts[options[i]].label for i in order], order.index(0), frozenset(options))
 
 
-def choices_of(labels: Sequence[str], right: int, names: frozenset[int] = frozenset()) -> list[Question]:
+def choices_of(asked: str, labels: Sequence[str], right: int, names: frozenset[int] = frozenset()) -> list[Question]:
     """
     The same options twice: to be answered with the letter, and with the name and the letter.
 
     Args:
+        asked (`str`): What is asked, such as `"What is in the image?"`.
         labels (`Sequence[str]`): The options, at most eight.
-        right (`int`): Which of them is in the image.
+        right (`int`): Which of them is the answer.
         names (`frozenset[int]`, *optional*): As of [`Question`].
 
     Returns:
         `list[Question]`: Of the kinds `"choice"` and `"choice_named"`.
     """
-    asked = f"What is in the image?\n{list_options(labels)}"
+    listed = f"{asked}\n{list_options(labels)}"
     return [
-        Question("choice", f"{asked}\n{PROMPT_CHOICE}", LETTERS[right], names),
-        Question("choice_named", f"{asked}\n{PROMPT_CHOICE_NAMED}", f"{labels[right]}: {LETTERS[right]}", names),
+        Question("choice", f"{listed}\n{PROMPT_CHOICE}", LETTERS[right], names),
+        Question("choice_named", f"{listed}\n{PROMPT_CHOICE_NAMED}", f"{labels[right]}: {LETTERS[right]}", names),
     ]
 
 
