@@ -41,7 +41,7 @@ from .device_tokenization import DeviceTokenization
 from .loss_terms import LossTermsTrainer
 from .rehearsal import Rehearsal, RehearsalArguments
 from .run import StageParser, announce_run, check_global_batch, run_training, save_result
-from .unspoken import UnspokenArguments, UnspokenNames
+from .unspoken import UnspokenArguments, UnspokenNames, states_apart
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class LibraSFTTrainer(DeviceTokenization, LossTermsTrainer, SFTTrainer):
         step, process, processes = self.state.global_step, self.args.process_index, self.args.world_size
         batch = self._prepare_inputs(unspoken.of_step(step, process, processes))
         outputs = self._run_beside(model, batch, output_hidden_states=True)
-        distance = unspoken.distance(outputs.hidden_states, batch["labels"])
+        distance = states_apart(outputs.hidden_states, batch["labels"], unspoken.layers)
         count = (batch["labels"] >= 0).sum()
         self.keep_terms({"unspoken_loss": outputs.text_loss, "unspoken_distance": distance}, {"unspoken_loss": count})
         return outputs.loss * processes + unspoken.weight * distance

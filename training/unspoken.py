@@ -18,8 +18,8 @@ from processing.processing_libra import NO_LENGTH_LIMIT, LibraProcessor
 
 from .answers import AnswerCollator, row_length
 from .data import DataArguments, as_messages, load_worlds
-from .world.concepts import load_concepts
-from .world.questions import NUM_OPTIONS, choices_of, scene_questions
+from .world.concepts import Concept, load_concepts
+from .world.questions import NUM_OPTIONS, choice_questions, choices_of
 from .world.scenes import World
 
 MAX_QUESTIONS = 4
@@ -83,14 +83,23 @@ class UnspokenArguments:
             raise ValueError(
                 f"unspoken_weight is set, but num_concepts is {data.num_concepts}: a question has {NUM_OPTIONS} options."
             )
-        questions = questions_that_fit(processor, [concept.label for concept in load_concepts(data.num_concepts)])
+        concepts = load_concepts(data.num_concepts)
+        questions = questions_that_fit(processor, [concept.label for concept in concepts])
         if questions == 0:
             raise ValueError(
                 "unspoken_weight is set, but the context of the model is too short for an image and a question."
             )
         scenes = load_worlds(replace(data, single_fraction=[0.5, 0.5]))[0]
-        collator, layers = AnswerCollator(processor), tuple(self.unspoken_layers)
-        return UnspokenNames(scenes, collator, self.unspoken_batch_size, questions, self.unspoken_weight, layers, seed)
+        return UnspokenNames(
+            scenes=scenes,
+            concepts=concepts,
+            collator=AnswerCollator(processor),
+            batch_size=self.unspoken_batch_size,
+            questions=questions,
+            weight=self.unspoken_weight,
+            layers=tuple(self.unspoken_layers),
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class UnspokenNames:
 
     Args:
         scenes ([`World`]): of the training split, singles and grids.
+        concepts (`Sequence[Concept]`): what can be an option.
         collator ([`AnswerCollator`]): makes batches; it cuts nothing off.
         batch_size (`int`): scenes a process.
         questions (`int`): about each of them.
@@ -109,6 +119,7 @@ class UnspokenNames:
     """
 
     scenes: World
+    concepts: Sequence[Concept]
     collator: AnswerCollator
     batch_size: int
     questions: int
@@ -138,36 +149,36 @@ class UnspokenNames:
             `dict`: as of [`AnswerCollator`], of `2 * batch_size` rows: first all with letters alone, then the same
             scenes and options in the same order with names and letters.
         """
-        concepts = load_concepts(len(self.scenes.subjects))
-        conversations: dict[str, list] = {"choice": [], "choice_named": []}
+        conversations: list[list] = [[], []]  # of the short and of the long form
         for row in range(process, self.batch_size * num_processes, num_processes):
             rng = np.random.default_rng([self.seed, step, row])
             scene = self.scenes[int(rng.integers(len(self.scenes)))]
-            asked = [question for _ in range(self.questions) for question in scene_questions(scene, rng, concepts)]
-            for kind, found in conversations.items():
-                messages = as_messages([question for question in asked if question.kind == kind])
-                found.append({"messages": messages, "images": [scene.image]})
-        return self.collator(conversations["choice"] + conversations["choice_named"])
+            asked = [choice_questions(scene, rng, self.concepts) for _ in range(self.questions)]
+            for found, questions in zip(conversations, zip(*asked)):
+                found.append({"messages": as_messages(questions), "images": [scene.image]})
+        return self.collator(conversations[0] + conversations[1])
 
-    def distance(self, hidden_states: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """
-        How far what is had in mind is from what was written: the mean over letters and `layers` of `|h - h'|^2 / |h'|^2`,
-        with h where a letter alone is about to be written and h' where it is after its name. h' has no gradient.
 
-        Args:
-            hidden_states (`Sequence[torch.Tensor]`): of embeddings and each layer, `(rows, length, hidden)`.
-            labels (`torch.LongTensor` of shape `(rows, length)`): of [`UnspokenNames.of_step`].
+def states_apart(hidden_states: Sequence[torch.Tensor], labels: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+    """
+    How far what is had in mind is from what was written: the mean over letters and `layers` of `|h - h'|^2 / |h'|^2`, with
+    h where a letter alone is about to be written and h' where it is after its name. h' has no gradient.
 
-        Returns:
-            `torch.Tensor` of shape `()`, in float32.
-        """
-        short, long = places_of_letters(labels)
-        distances = []
-        for layer in self.layers:
-            states = hidden_states[layer].float()
-            thought, written = states[short[0], short[1]], states[long[0], long[1]].detach()  # (letters, hidden)
-            distances.append(((thought - written).square().sum(-1) / written.square().sum(-1)).mean())
-        return torch.stack(distances).mean()
+    Args:
+        hidden_states (`Sequence[torch.Tensor]`): of embeddings and each layer, `(rows, length, hidden)`.
+        labels (`torch.LongTensor` of shape `(rows, length)`): of [`UnspokenNames.of_step`].
+        layers (`Sequence[int]`): after which hidden states are compared, counted from 1.
+
+    Returns:
+        `torch.Tensor` of shape `()`, in float32.
+    """
+    short, long = places_of_letters(labels)
+    distances = []
+    for layer in layers:
+        states = hidden_states[layer].float()
+        thought, written = states[short[0], short[1]], states[long[0], long[1]].detach()  # (letters, hidden)
+        distances.append(((thought - written).square().sum(-1) / written.square().sum(-1)).mean())
+    return torch.stack(distances).mean()
 
 
 def questions_that_fit(processor: LibraProcessor, labels: Sequence[str]) -> int:

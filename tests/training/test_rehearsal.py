@@ -10,7 +10,9 @@ from PIL import Image
 
 from libra_cli.loading import load_libra
 from processing.processing_libra import LibraProcessor
+from tests.training import tuning
 from tests.training.caption_files import write_shards
+from tests.training.tuning import logged
 from training import sft
 from training.data import DataArguments, load_worlds
 from training.rehearsal import DRAWINGS_OF_TEN, Rehearsal, RehearsalArguments, WorldSamples, mix_codes
@@ -48,18 +50,7 @@ def rehearsal(repo, icons) -> Rehearsal:
 
 
 def tune(repo, talks, out, *flags, max_steps=2):
-    options = {
-        "model": repo, "dataset": talks, "output_dir": out, "max_steps": max_steps, "per_device_train_batch_size": 2,
-        "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True,
-        "gradient_checkpointing": False, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2,
-    }  # fmt: skip
-    sft.main([*(str(part) for name, value in options.items() for part in (f"--{name}", value)), *map(str, flags)])
-    return out
-
-
-def logged(out, name) -> list[float]:
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [entry[name] for entry in history if name in entry]
+    return tuning.tune(repo, out, *flags, dataset=talks, max_steps=max_steps)
 
 
 def test_nothing_is_rehearsed_by_default(repo, talks, tmp_path, icons):

@@ -8,10 +8,19 @@ import torch
 
 from libra_cli.loading import load_libra
 from processing.processing_libra import LibraProcessor
+from tests.training import tuning
+from tests.training.tuning import logged
 from training import sft
 from training import unspoken as unspoken_names
 from training.data import DataArguments
-from training.unspoken import MAX_QUESTIONS, UnspokenArguments, UnspokenNames, places_of_letters, questions_that_fit
+from training.unspoken import (
+    MAX_QUESTIONS,
+    UnspokenArguments,
+    UnspokenNames,
+    places_of_letters,
+    questions_that_fit,
+    states_apart,
+)
 
 
 @pytest.fixture
@@ -24,19 +33,8 @@ def unspoken(repo, icons) -> UnspokenNames:
 
 
 def tune(repo, icons, out, *flags, max_steps=2):
-    options = {
-        "model": repo, "icons": icons, "num_concepts": 8, "train_samples": 40, "eval_samples": 2, "output_dir": out,
-        "max_steps": max_steps, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none",
-        "use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False,
-        "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2, "unspoken_layers": 1,
-    }  # fmt: skip
-    sft.main([*(str(part) for name, value in options.items() for part in (f"--{name}", value)), *map(str, flags)])
-    return out
-
-
-def logged(out, name) -> list[float]:
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [entry[name] for entry in history if name in entry]
+    world = {"icons": icons, "num_concepts": 8, "train_samples": 40, "eval_samples": 2, "unspoken_layers": 1}
+    return tuning.tune(repo, out, *flags, **world, max_steps=max_steps)
 
 
 def test_no_names_are_left_out_by_default(repo, icons, tmp_path):
@@ -71,10 +69,10 @@ def test_both_forms_ask_the_same_and_end_in_the_same_letter(unspoken):
 def test_as_many_questions_as_fit_the_context(unspoken):
     """Whatever their options are; the toy's context is short."""
     processor, limit = unspoken.collator.processor, unspoken.collator.processor.tokenizer.model_max_length
-    labels = [subject.label for subject in unspoken.scenes.subjects]
+    labels = [concept.label for concept in unspoken.concepts]
     assert unspoken.questions == questions_that_fit(processor, labels)
     lengths = [unspoken.of_step(step, 0, 1)["input_ids"].shape[1] for step in range(10)]
-    assert max(lengths) <= limit < 2 * max(lengths) * (unspoken.questions + 1) / unspoken.questions
+    assert max(lengths) <= limit
     processor.tokenizer.model_max_length = 100 * limit
     assert questions_that_fit(processor, labels) == MAX_QUESTIONS
     processor.tokenizer.model_max_length = limit // 4
@@ -106,14 +104,13 @@ def test_answers_that_do_not_end_alike_are_refused():
 
 def test_the_distance_is_relative_to_what_was_written():
     labels = torch.tensor([[-100, 5, -100], [-100, 8, 5]])
-    unspoken = UnspokenNames(None, None, 1, 1, 1.0, (1, 2), 0)  # type: ignore[arg-type]
     states = [torch.zeros(2, 3, 2) for _ in range(3)]
     for layer, (thought, written) in enumerate(
         [([9.0, 9.0], [1.0, 1.0]), ([1.0, 0.0], [3.0, 4.0]), ([0, 2.0], [0, 2.0])]
     ):
         states[layer][0, 0], states[layer][1, 1] = torch.tensor(thought), torch.tensor(written)
         states[layer].requires_grad_()
-    distance = unspoken.distance(states, labels)
+    distance = states_apart(states, labels, (1, 2))
     assert distance.item() == pytest.approx((20 / 25 + 0) / 2)
     distance.backward()
     gradient = states[1].grad
@@ -133,7 +130,7 @@ def test_the_loss_is_that_of_all_answers_and_the_distance(repo, icons, tmp_path)
     batch = dict(processor.tokenize_images(unspoken.of_step(0, 0, 1)))
     with torch.no_grad():
         outputs = model.eval()(**batch, output_hidden_states=True)
-    distance = unspoken.distance(outputs.hidden_states, batch["labels"]).item()
+    distance = states_apart(outputs.hidden_states, batch["labels"], [1]).item()
     assert distance > 0.01
     assert logged(out, "unspoken_loss")[0] == pytest.approx(outputs.loss.item(), abs=1e-4)
     assert logged(out, "unspoken_distance")[0] == pytest.approx(distance, abs=1e-4)

@@ -96,15 +96,34 @@ def scene_questions(
     ]
     if scene.is_single:
         questions.append(_short("label", "What is in the image?", concepts[scene.objects[0].subject].label))
-        questions += _choices(scene, rng, concepts)
     else:
         questions.append(_cell(scene, rng, concepts))
         item = scene.objects[int(rng.integers(len(scene.objects)))]
         place = CELLS[item.cell or 0]
         where = f"Where is the {concepts[item.subject].label}?"
         questions.append(_short("place", where, place, {item.subject}))
-        questions += _cell_choices(scene, rng, concepts)
-    return questions
+    return questions + choice_questions(scene, rng, concepts)
+
+
+def choice_questions(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> list[Question]:
+    """
+    A question with options in both forms: what a single is, or what is in a cell of a grid. The other things in the image
+    are options as well, and as many that are absent as it takes.
+
+    Args:
+        scene ([`Layout`]): What is asked about.
+        rng (`np.random.Generator`): Chooses the cell, the options and their order.
+        concepts (`Sequence[Concept]`): The concepts, at least [`NUM_OPTIONS`].
+
+    Returns:
+        `list[Question]`: As of [`choices_of`].
+    """
+    item = scene.objects[0 if scene.is_single else int(rng.integers(len(scene.objects)))]
+    asked = "What is in the image?" if scene.is_single else f"What is in the {CELLS[item.cell or 0]}?"
+    options = [item.subject, *(other.subject for other in scene.objects if other is not item)]
+    options += _distractors(item.subject, options, NUM_OPTIONS - len(options), rng, concepts, same_group=0.5)
+    order = rng.permutation(len(options)).tolist()
+    return choices_of(asked, [concepts[options[i]].label for i in order], order.index(0), frozenset(options))
 
 
 def wrong_answer(scene: Layout, question: Question, rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
@@ -185,28 +204,6 @@ def _exists_zh(scene: Layout, rng: np.random.Generator, concepts: Sequence[Conce
     asked, present = _asked_concept(scene, rng, concepts, similar)
     question = f"图中有{concepts[asked].zh}吗？\n{PROMPT_SHORT_ZH}"
     return Question("exists_zh", question, "有" if present else "没有", frozenset({asked}))
-
-
-def _choices(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> list[Question]:
-    subject = scene.objects[0].subject
-    options = [subject, *_distractors(subject, [subject], NUM_OPTIONS - 1, rng, concepts, same_group=0.5)]
-    return _shuffled("What is in the image?", options, rng, concepts)
-
-
-def _cell_choices(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> list[Question]:
-    """About a cell with an object; the others in the image are options as well."""
-    item = scene.objects[int(rng.integers(len(scene.objects)))]
-    shown = [item.subject, *(other.subject for other in scene.objects if other is not item)]
-    more = _distractors(item.subject, shown, NUM_OPTIONS - len(shown), rng, concepts, same_group=0.5)
-    return _shuffled(f"What is in the {CELLS[item.cell or 0]}?", shown + more, rng, concepts)
-
-
-def _shuffled(
-    asked: str, options: Sequence[int], rng: np.random.Generator, concepts: Sequence[Concept]
-) -> list[Question]:
-    """Both forms of a question, of whose options the first is right."""
-    order = rng.permutation(len(options)).tolist()
-    return choices_of(asked, [concepts[options[i]].label for i in order], order.index(0), frozenset(options))
 
 
 def choices_of(asked: str, labels: Sequence[str], right: int, names: frozenset[int] = frozenset()) -> list[Question]:
