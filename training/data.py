@@ -17,7 +17,15 @@ from .world.augment import Augmentation
 from .world.concepts import Concept, load_concepts, training_subjects
 from .world.corpus import describe_places
 from .world.options import ask_for_letters
-from .world.questions import GRID_KINDS, SINGLE_KINDS, Question, scene_questions, without_prompt, wrong_answer
+from .world.questions import (
+    GRID_KINDS,
+    NUM_OPTIONS,
+    SINGLE_KINDS,
+    Question,
+    scene_questions,
+    without_prompt,
+    wrong_answer,
+)
 from .world.scenes import Layout, Scene, World
 
 OTHER_ANSWER = {"yes": "no", "no": "yes", "有": "没有", "没有": "有"}
@@ -90,8 +98,6 @@ class DataArguments:
         for name in ("similar", "bare_share", "text_share", "letters_share"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"{name} is a share, 0 to 1, found {vars(self)[name]}.")
-        if self.letters_share > 0 and self.num_concepts < 2:
-            raise ValueError("letters_share is set: lists of options need num_concepts of at least 2, found 1.")
         if self.named_once and self.naming_first:
             raise ValueError("naming_first and named_once are opposites: set one of them to false.")
         if self.kinds is not None:
@@ -283,6 +289,16 @@ def world_conversations(world: World, data: DataArguments) -> TableDataset:
     return TableDataset.from_dict({"scene": list(range(len(world)))}).with_transform(draw)
 
 
+def _worlds_to_ask_about(data: DataArguments) -> tuple[World, World]:
+    least = World.max_objects + NUM_OPTIONS - 1
+    if data.num_concepts < least:
+        raise ValueError(
+            f"num_concepts is {data.num_concepts}, expected at least {least}: an image has up to {World.max_objects} "
+            f"things, and a question with options names {NUM_OPTIONS - 1} others."
+        )
+    return load_worlds(data)
+
+
 def load_world_conversations(data: DataArguments) -> tuple[TableDataset, TableDataset]:
     """
     Conversations about scenes of the world for instruction tuning.
@@ -292,8 +308,11 @@ def load_world_conversations(data: DataArguments) -> tuple[TableDataset, TableDa
 
     Returns:
         `tuple`: training and evaluation dataset.
+
+    Raises:
+        ValueError: for fewer concepts than questions with options need.
     """
-    train, validation = load_worlds(data)
+    train, validation = _worlds_to_ask_about(data)
     return world_conversations(train, data), world_conversations(validation, data)
 
 
@@ -327,6 +346,9 @@ def load_world_preferences(data: DataArguments) -> tuple[TableDataset, TableData
 
     Returns:
         `tuple`: training and evaluation dataset.
+
+    Raises:
+        ValueError: for fewer concepts than questions with options need.
     """
 
     def preferences(world: World) -> TableDataset:
@@ -338,5 +360,5 @@ def load_world_preferences(data: DataArguments) -> tuple[TableDataset, TableData
 
         return TableDataset.from_dict({"scene": list(range(len(world)))}).with_transform(draw)
 
-    train, validation = load_worlds(data)
+    train, validation = _worlds_to_ask_about(data)
     return preferences(train), preferences(validation)

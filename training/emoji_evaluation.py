@@ -90,10 +90,8 @@ TASKS = {
     "exists_f1": Task("grid: is there an object, F1", "exists", False, lambda n: 2 / 3, metric="f1"),
     "choice": Task("single: multiple choice of 4, the letter alone", "choice", True, lambda n: 1 / 4),
     "choice_named": Task("single: multiple choice of 4, named first", "choice_named", True, lambda n: 1 / 4),
-    "choice_grid": Task("grid: choice of 4 for a named cell, the letter alone", "choice", False, lambda n: 1 / 4),
-    "choice_named_grid": Task(
-        "grid: choice of 4 for a named cell, named first", "choice_named", False, lambda n: 1 / 4
-    ),
+    "choice_grid": Task("grid: multiple choice of 4, the letter alone", "choice", False, lambda n: 1 / 4),
+    "choice_named_grid": Task("grid: multiple choice of 4, named first", "choice_named", False, lambda n: 1 / 4),
     "caption": Task("grid: caption exactly right", "caption", False, lambda n: 1 / 3 / n),
     "exists_zh": Task("grid: yes/no in Chinese", "exists_zh", False, lambda n: 1 / 2),
     "cell_any": Task("grid: what is in a cell, empty ones too", "cell", False, lambda n: 0.3),

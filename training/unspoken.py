@@ -24,6 +24,8 @@ from .world.scenes import World
 
 MAX_QUESTIONS = 4
 """About each scene, if they fit the context: its image is the larger part of the cost."""
+SINGLES_SHARE = 0.2
+"""Of the scenes. Grids take longer to learn: which option is there has to be known of up to three things."""
 
 
 @dataclass
@@ -70,8 +72,7 @@ class UnspokenArguments:
             [`UnspokenNames`]: or None if there are to be none.
 
         Raises:
-            ValueError: for conversations of one's own, with fewer things than a question has options, or if the context of
-                the model is too short for a question.
+            ValueError: for conversations of one's own, or if the context of the model is too short for a question.
         """
         if self.unspoken_weight == 0:
             return None
@@ -79,17 +80,13 @@ class UnspokenArguments:
             raise ValueError(
                 f"unspoken_weight is set, but dataset is {data.dataset!r}: only 'world' has questions in both forms."
             )
-        if data.num_concepts < NUM_OPTIONS:
-            raise ValueError(
-                f"unspoken_weight is set, but num_concepts is {data.num_concepts}: a question has {NUM_OPTIONS} options."
-            )
         concepts = load_concepts(data.num_concepts)
         questions = questions_that_fit(processor, [concept.label for concept in concepts])
         if questions == 0:
             raise ValueError(
                 "unspoken_weight is set, but the context of the model is too short for an image and a question."
             )
-        scenes = load_worlds(replace(data, single_fraction=[0.5, 0.5]))[0]
+        scenes = load_worlds(replace(data, single_fraction=[SINGLES_SHARE, SINGLES_SHARE]))[0]
         return UnspokenNames(
             scenes=scenes,
             concepts=concepts,
@@ -191,7 +188,7 @@ def questions_that_fit(processor: LibraProcessor, labels: Sequence[str]) -> int:
         `int`: how many choices about one image fit whatever their options are, at most [`MAX_QUESTIONS`].
     """
     longest = sorted(labels, key=lambda label: len(processor.tokenizer(label)["input_ids"]))[-NUM_OPTIONS:]
-    named = choices_of("What is in the bottom right?", longest, len(longest) - 1)[1:]
+    named = choices_of("What is in the image?", longest, len(longest) - 1)[1:]
     text = processor.apply_chat_template(as_messages(named), tokenize=False)
     room = (row_length(processor, None) or NO_LENGTH_LIMIT) - processor.num_image_tokens
     return min(MAX_QUESTIONS, room // len(processor.tokenizer(text)["input_ids"]))

@@ -14,7 +14,7 @@ from modeling_libra import LibraForCausalLM
 from processing.processing_libra import LibraProcessor
 from tests.training.libra_parts import make_parts
 from training import pretrain, sft
-from training.data import DataArguments, load_caption_data, load_world_conversations
+from training.data import DataArguments, load_caption_data, load_world_conversations, load_world_preferences
 from training.pretrain import LibraPretrainer, PretrainCollator, freeze_language_model
 from training.world.questions import PROMPT_CAPTION, PROMPT_CHOICE, PROMPT_CHOICE_NAMED, PROMPT_SHORT
 
@@ -246,7 +246,7 @@ def test_questions_without_their_prompts(data):
 def test_things_are_named_once(data):
     """So that no question can be answered from those before it: all of a conversation name something else, or nothing."""
     kinds = ["exists", "exists_zh", "place", "place", "place", "caption", "count"]
-    asked = replace(data, max_turns=100, naming_first=False, named_once=True, kinds=kinds)
+    asked = replace(data, train_samples=200, max_turns=100, naming_first=False, named_once=True, kinds=kinds)
     several, telling = 0, 0
     for sample in load_world_conversations(asked)[0]:
         turns = _asked(sample["messages"])
@@ -290,8 +290,9 @@ def test_no_questions_are_refused():
         DataArguments(kinds=["label"], naming_first=False)
     with pytest.raises(ValueError, match="similar is a share, 0 to 1, found 30"):
         DataArguments(similar=30)
-    with pytest.raises(ValueError, match="lists of options need num_concepts of at least 2, found 1"):
-        DataArguments(letters_share=0.1, num_concepts=1)
+    for load in (load_world_conversations, load_world_preferences):
+        with pytest.raises(ValueError, match="num_concepts is 5, expected at least 6"):
+            load(DataArguments(num_concepts=5))
     with pytest.raises(ValueError, match="naming_first and named_once are opposites"):
         DataArguments(named_once=True)
     with pytest.raises(ValueError, match="With naming_first kinds must have 'caption'"):

@@ -157,7 +157,7 @@ def test_wrong_settings_stop_before_the_model_is_loaded(repo, icons, tmp_path, m
     talks.write_text(json.dumps([{"id": "0", "conversations": turns}]))
     for flags, message in {
         ("--unspoken_weight", 1, "--dataset", talks): "only 'world' has questions in both forms",
-        ("--unspoken_weight", 1, "--num_concepts", 3): "num_concepts is 3: a question has 4 options",
+        ("--unspoken_weight", 1, "--num_concepts", 5): "num_concepts is 5, expected at least 6",
         ("--unspoken_weight", -1): "unspoken_weight must not be negative, found -1",
         ("--unspoken_batch_size", 0): "unspoken_batch_size must be at least 1, found 0",
         ("--unspoken_layers", 0): r"unspoken_layers are counted from 1, one at least, found \[0\]",

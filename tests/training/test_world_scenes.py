@@ -210,6 +210,20 @@ def test_questions_about_places():
         assert question.answer in CELLS
 
 
+def test_one_option_is_in_the_image():
+    found = _questions(_layout((0, 0), (10, 1), (20, 3)))
+    present = {load_concepts()[subject].label for subject in (0, 10, 20)}
+    asked, right = set(), set()
+    for question, named in zip(found["choice"], found["choice_named"], strict=True):
+        options = dict(line.split(". ", 1) for line in question.question.split("\n")[1:5])
+        assert present & set(options.values()) == {options[question.answer]}
+        assert named.answer == f"{options[question.answer]}: {question.answer}"
+        asked.add(question.question.split("\n")[0])
+        right.add(options[question.answer])
+    assert asked == {"What is in the image?"}
+    assert right == present
+
+
 def test_letters_of_options():
     concepts = load_concepts()
     sizes, short = set(), 0

@@ -107,23 +107,22 @@ def scene_questions(
 
 def choice_questions(scene: Layout, rng: np.random.Generator, concepts: Sequence[Concept]) -> list[Question]:
     """
-    A question with options in both forms: what a single is, or what is in a cell of a grid. The other things in the image
-    are options as well, and as many that are absent as it takes.
+    What is in the image, with options, in both forms. One thing of the image is among them; the others are not there.
 
     Args:
         scene ([`Layout`]): What is asked about.
-        rng (`np.random.Generator`): Chooses the cell, the options and their order.
-        concepts (`Sequence[Concept]`): The concepts, at least [`NUM_OPTIONS`].
+        rng (`np.random.Generator`): Chooses the options and their order.
+        concepts (`Sequence[Concept]`): The concepts, [`NUM_OPTIONS`] at least beside those of the image but one.
 
     Returns:
         `list[Question]`: As of [`choices_of`].
     """
-    item = scene.objects[0 if scene.is_single else int(rng.integers(len(scene.objects)))]
-    asked = "What is in the image?" if scene.is_single else f"What is in the {CELLS[item.cell or 0]}?"
-    options = [item.subject, *(other.subject for other in scene.objects if other is not item)]
-    options += _distractors(item.subject, options, NUM_OPTIONS - len(options), rng, concepts, same_group=0.5)
-    order = rng.permutation(len(options)).tolist()
-    return choices_of(asked, [concepts[options[i]].label for i in order], order.index(0), frozenset(options))
+    present = [item.subject for item in scene.objects]
+    right = present[int(rng.integers(len(present)))]
+    options = [right, *_distractors(right, present, NUM_OPTIONS - 1, rng, concepts, same_group=0.5)]
+    order = rng.permutation(NUM_OPTIONS).tolist()
+    labels = [concepts[options[i]].label for i in order]
+    return choices_of("What is in the image?", labels, order.index(0), frozenset(options))
 
 
 def wrong_answer(scene: Layout, question: Question, rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
