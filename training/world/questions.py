@@ -112,7 +112,7 @@ def choice_questions(scene: Layout, rng: np.random.Generator, concepts: Sequence
     Args:
         scene ([`Layout`]): What is asked about.
         rng (`np.random.Generator`): Chooses the options and their order.
-        concepts (`Sequence[Concept]`): The concepts, [`NUM_OPTIONS`] at least beside those of the image but one.
+        concepts (`Sequence[Concept]`): The concepts, of which the image must lack `NUM_OPTIONS - 1` or more.
 
     Returns:
         `list[Question]`: As of [`choices_of`].
