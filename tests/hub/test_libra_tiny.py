@@ -39,6 +39,19 @@ def test_names_single_objects(captioner, drawings, least, capsys):
     assert right >= least
 
 
+@pytest.mark.parametrize(("drawings", "least"), [("train_vendors", 0.9), ("unseen_vendor", 0.65)])
+def test_describes_what_it_is_asked_for_without_a_prompt(captioner, drawings, least, capsys):
+    """With the name alone, no letter of an option behind it."""
+    samples = json.loads((EVALUATION / "labels.json").read_text())[drawings]
+    images = [Image.open(EVALUATION / sample["file"]) for sample in samples]
+    outputs = captioner(images, batch_size=20, prompt="Describe the image.")
+    answers = [output[0]["generated_text"] for output in outputs]
+    right = sum(answer == sample["label"] for answer, sample in zip(answers, samples)) / len(samples)
+    with capsys.disabled():
+        print(f"\n{drawings}: {right:.0%} of {len(samples)} described right")
+    assert right >= least
+
+
 def letters_right(captioner, images: list[Image.Image], present: list[list[str]], labels: list[str]) -> float:
     """Share of right letters alone, as the paper asks for them: of the first thing present and of three absent ones."""
     rng = np.random.default_rng(0)

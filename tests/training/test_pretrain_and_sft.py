@@ -16,7 +16,7 @@ from tests.training.libra_parts import make_parts
 from training import pretrain, sft
 from training.data import DataArguments, load_caption_data, load_world_conversations, load_world_preferences
 from training.pretrain import LibraPretrainer, PretrainCollator, freeze_language_model
-from training.world.questions import PROMPT_CAPTION, PROMPT_CHOICE, PROMPT_CHOICE_NAMED, PROMPT_SHORT
+from training.world.questions import BARE_CAPTION, PROMPT_CAPTION, PROMPT_CHOICE, PROMPT_CHOICE_NAMED, PROMPT_SHORT
 
 SHORT = """
 dataset: world
@@ -232,8 +232,8 @@ def test_kinds_of_questions_as_often_as_they_are_named(data):
 def test_questions_without_their_prompts(data):
     asked = replace(data, max_turns=100, naming_first=False, bare_share=1.0)
     turns = [turn for row in load_world_conversations(asked)[0] for turn in _asked(row["messages"])]
-    assert {"What is in the image?", "How many objects are there?", PROMPT_CAPTION} <= set(turns)
-    assert not any(turn.endswith((PROMPT_SHORT, PROMPT_CHOICE_NAMED)) for turn in turns)
+    assert {"What is in the image?", "How many objects are there?", BARE_CAPTION} <= set(turns)
+    assert not any(turn.endswith((PROMPT_SHORT, PROMPT_CHOICE_NAMED, PROMPT_CAPTION)) for turn in turns)
     messages = [turn for row in load_world_conversations(asked)[0] for turn in row["messages"]]
     choices = [
         (turn["content"].endswith(PROMPT_CHOICE), len(answer["content"]) == 1)

@@ -22,6 +22,9 @@ written, which a model of few layers learns by itself; to look up that of one th
 PROMPT_CAPTION = "Provide a one-sentence caption for the provided image."
 """Asks for a caption."""
 
+BARE_CAPTION = "Describe the image."
+"""Asks for one, too, as users do who do not know the prompt."""
+
 PROMPT_SHORT_ZH = "请直接回答。"
 """Follows questions in Chinese."""
 
@@ -58,11 +61,14 @@ class Question:
 
 def without_prompt(question: str) -> str:
     """
-    What a user may ask who does not know the prompts: `question` less its last line, unless that is all of it. The letter
-    alone is only for who asks for it: options without a prompt are answered with the name first.
+    What a user may ask who does not know the prompts: `question` less its last line; a caption is asked for in other words
+    ([`BARE_CAPTION`]). The letter alone is only for who asks for it: options without a prompt are answered with the name
+    first.
     """
+    if question == PROMPT_CAPTION:
+        return BARE_CAPTION
     asked, _, prompt = question.rpartition("\n")
-    return question if prompt == PROMPT_CHOICE or not asked else asked
+    return question if prompt == PROMPT_CHOICE else asked
 
 
 def with_article(label: str) -> str:
