@@ -188,7 +188,7 @@ def questions_that_fit(processor: LibraProcessor, labels: Sequence[str]) -> int:
         `int`: how many choices about one image fit whatever their options are, at most [`MAX_QUESTIONS`].
     """
     longest = sorted(labels, key=lambda label: len(processor.tokenizer(label)["input_ids"]))[-NUM_OPTIONS:]
-    named = choices_of("What is in the image?", longest, len(longest) - 1)[1:]
+    named = choices_of(longest, len(longest) - 1)[1:]
     text = processor.apply_chat_template(as_messages(named), tokenize=False)
     room = (row_length(processor, None) or NO_LENGTH_LIMIT) - processor.num_image_tokens
     return min(MAX_QUESTIONS, room // len(processor.tokenizer(text)["input_ids"]))

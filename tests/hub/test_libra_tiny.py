@@ -60,7 +60,7 @@ def letters_right(captioner, images: list[Image.Image], present: list[list[str]]
         others = [label for label in labels if label not in there]
         options = rng.permutation([there[0], *rng.choice(others, 3, replace=False)]).tolist()
         letters.append("ABCD"[options.index(there[0])])
-        question = choices_of("What is in the image?", options, 0)[0].question
+        question = choices_of(options, 0)[0].question
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         conversations.append([{"role": "user", "content": content}])
     processor = captioner.processor

@@ -128,7 +128,7 @@ def choice_questions(scene: Layout, rng: np.random.Generator, concepts: Sequence
     options = [right, *_distractors(right, present, NUM_OPTIONS - 1, rng, concepts, same_group=0.5)]
     order = rng.permutation(NUM_OPTIONS).tolist()
     labels = [concepts[options[i]].label for i in order]
-    return choices_of("What is in the image?", labels, order.index(0), frozenset(options))
+    return choices_of(labels, order.index(0), frozenset(options))
 
 
 def wrong_answer(scene: Layout, question: Question, rng: np.random.Generator, concepts: Sequence[Concept]) -> str:
@@ -211,23 +211,22 @@ def _exists_zh(scene: Layout, rng: np.random.Generator, concepts: Sequence[Conce
     return Question("exists_zh", question, "有" if present else "没有", frozenset({asked}))
 
 
-def choices_of(asked: str, labels: Sequence[str], right: int, names: frozenset[int] = frozenset()) -> list[Question]:
+def choices_of(labels: Sequence[str], right: int, names: frozenset[int] = frozenset()) -> list[Question]:
     """
-    The same options twice: to be answered with the letter, and with the name and the letter.
+    What is in the image, with the same options twice: to be answered with the letter, and with the name and the letter.
 
     Args:
-        asked (`str`): What is asked, such as `"What is in the image?"`.
         labels (`Sequence[str]`): The options, at most eight.
-        right (`int`): Which of them is the answer.
+        right (`int`): Which of them is in the image.
         names (`frozenset[int]`, *optional*): As of [`Question`].
 
     Returns:
         `list[Question]`: Of the kinds `"choice"` and `"choice_named"`.
     """
-    listed = f"{asked}\n{list_options(labels)}"
+    asked = f"What is in the image?\n{list_options(labels)}"
     return [
-        Question("choice", f"{listed}\n{PROMPT_CHOICE}", LETTERS[right], names),
-        Question("choice_named", f"{listed}\n{PROMPT_CHOICE_NAMED}", f"{labels[right]}: {LETTERS[right]}", names),
+        Question("choice", f"{asked}\n{PROMPT_CHOICE}", LETTERS[right], names),
+        Question("choice_named", f"{asked}\n{PROMPT_CHOICE_NAMED}", f"{labels[right]}: {LETTERS[right]}", names),
     ]
 
 
