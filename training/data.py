@@ -4,7 +4,6 @@ Both come either from the world of `libra-tiny` (`dataset: world`, drawn on the 
 of one's own.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,8 +27,8 @@ from .world.questions import (
 )
 from .world.scenes import Layout, Scene, World
 
-OTHER_ANSWER = {"yes": "no", "no": "yes", "有": "没有", "没有": "有"}
-"""Of yes/no questions."""
+NO = ("no", "没有")
+"""Answers to yes/no questions about what is not there."""
 
 
 @dataclass
@@ -195,7 +194,8 @@ def to_conversation(
         order = [first, *(question for question in order if question is not first)]
     if data.named_once:
         order = _name_once(order, rng)
-    order = _balance(order, data.kinds or [], rng)
+    order = list({question.question: question for question in order}.values())
+    order = _balance(order, frozenset(item.subject for item in scene.objects), data.named_once, rng)
     chosen = [
         replace(question, question=without_prompt(question.question)) if rng.random() < data.bare_share else question
         for question in order[: rng.integers(data.max_turns) + 1]
@@ -223,12 +223,11 @@ def as_messages(questions: Sequence[Question]) -> list[dict[str, str]]:
 
 
 def _questions_of_kinds(scene, rng, concepts, data):
-    """What there is to choose from: every kind once, or the wanted ones, as often as they are named."""
+    """What there is to choose from: every kind once, or the wanted ones, as often as they are named; some may be the same."""
     if data.kinds is None:
         return scene_questions(scene, rng, concepts, data.similar)
     rounds = ((kind, scene_questions(scene, rng, concepts, data.similar)) for kind in data.kinds)
-    asked = {q.question: q for kind, questions in rounds for q in questions if q.kind == kind}
-    return list(asked.values())
+    return [question for kind, questions in rounds for question in questions if question.kind == kind]
 
 
 def _name_once(questions: Sequence[Question], rng: np.random.Generator) -> list[Question]:
@@ -243,21 +242,21 @@ def _name_once(questions: Sequence[Question], rng: np.random.Generator) -> list[
     return naming if rng.random() < 1 - len(others) / len(questions) else others
 
 
-def _balance(questions: Sequence[Question], kinds: Sequence[str], rng: np.random.Generator) -> list[Question]:
+def _balance(
+    questions: Sequence[Question], present: frozenset[int], named_once: bool, rng: np.random.Generator
+) -> list[Question]:
     """
-    Leaves out yes/no questions so that in the mean as many with no are left as with yes, if any question is. They are drawn
-    half and half, but few things are there to be asked for, and no question comes twice: of many more would have no. Kinds
-    that come once at most are left as they are drawn.
+    Leaves out questions for what is not there as those that can still be asked for what is become fewer, so that half of
+    the yes/no questions have no wherever in the conversation they stand. They are drawn half and half, but few things are
+    there, and no question comes twice.
     """
-    counts = Counter((question.kind, question.answer) for question in questions)
-
-    def share(kind: str, answer: str) -> float:
-        if answer not in OTHER_ANSWER or kinds.count(kind) < 2:
-            return 1.0
-        return counts[kind, OTHER_ANSWER[answer]] / counts[kind, answer]
-
-    kept = [question for question in questions if rng.random() < share(question.kind, question.answer)]
-    return kept or list(questions[:1])
+    kept: list[Question] = []
+    for question in questions:
+        rivals = (other for other in kept if named_once or other.kind == question.kind)
+        left = present.difference(*(other.names for other in rivals))
+        if question.answer not in NO or rng.random() < len(left) / len(present):
+            kept.append(question)
+    return kept
 
 
 def world_conversations(world: World, data: DataArguments) -> TableDataset:

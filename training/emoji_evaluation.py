@@ -5,8 +5,8 @@ that nothing was trained on (split "test"). 500 images each by default, always t
 twice, and 300 grids, 100 each with one, two and three objects of random concepts in random cells. The grounds are white or
 pastel, half and half; the drawings are not changed.
 
-**Questions.** One of each kind an image, as [`~training.world.questions.scene_questions`] asks them, in the chat template,
-answered greedily. An answer is right when it is exactly the right one.
+**Questions.** One of each kind an image, as [`~training.world.questions.scene_questions`] asks them, and the caption once more
+without its prompt, in the chat template, answered greedily. An answer is right when it is exactly the right one.
 
 **Chance.** What the best answer given without looking at the image is expected to score: any one label for names, `nothing`
 for cells, `yes` for F1 (a coin scores 0.5), one letter. For the PSNR it is that of a plain image of the mean colour.
@@ -16,7 +16,7 @@ for cells, `yes` for F1 (a coin scores 0.5), one letter. For the PSNR it is that
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from .emoji_drawing import Recogniser, draw_captions, reconstruct
 from .scores import Score, accuracy, f1, mean
 from .world.concepts import Concept, drawn_concepts, load_subjects
 from .world.icons import UNSEEN_VENDOR, present_vendors
-from .world.questions import Question, scene_questions
+from .world.questions import Question, scene_questions, without_prompt
 from .world.scenes import CELLS, SPLITS, Scene, World, evaluation_images
 
 NUM_IMAGES = 500
@@ -67,7 +67,7 @@ class Task:
 
     Args:
         title (`str`): what it is called.
-        kind (`str`): of the questions, see [`Question`].
+        kind (`str`): of the questions, see [`Question`], or `"describe"`.
         single (`bool`): whether of singles or of grids.
         chance (`Callable`): maps the number of concepts to what can be had without looking.
         metric (`str`, *optional*, defaults to `"accuracy"`): or `"f1"`.
@@ -100,6 +100,8 @@ TASKS = {
     "exists_zh_single": Task("single: yes/no in Chinese", "exists_zh", True, lambda n: 1 / 2),
     "count_single": Task("single: how many objects", "count", True, lambda n: 1.0),
     "caption_single": Task("single: caption exactly right", "caption", True, lambda n: 1 / n),
+    "describe": Task('grid: "Describe the image.", exactly right', "describe", False, lambda n: 1 / 3 / n),
+    "describe_single": Task('single: "Describe the image.", exactly right', "describe", True, lambda n: 1 / n),
 }
 """The questions by the name of their result. One third of the grids have each number of objects, 30% of the cells asked for
 are empty, and `1` is always right in singles."""
@@ -247,9 +249,15 @@ def exam_cases(scenes: Sequence[Scene], concepts: Sequence[Concept], tasks: dict
     return [
         Case(index, scene.is_single, question)
         for index, scene in enumerate(scenes)
-        for question in scene_questions(scene, np.random.default_rng([7, index]), concepts)
+        for question in _exam_questions(scene, index, concepts)
         if (question.kind, scene.is_single) in kinds
     ]
+
+
+def _exam_questions(scene: Scene, index: int, concepts: Sequence[Concept]) -> list[Question]:
+    questions = scene_questions(scene, np.random.default_rng([7, index]), concepts)
+    caption = next(question for question in questions if question.kind == "caption")
+    return [*questions, replace(caption, kind="describe", question=without_prompt(caption.question))]
 
 
 @torch.inference_mode()

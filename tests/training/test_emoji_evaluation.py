@@ -68,7 +68,7 @@ def test_the_images_are_as_described(icons, scenes):
 def test_chance_is_what_the_best_blind_answer_scores(scenes):
     concepts = load_concepts(8)
     cases = exam_cases(scenes, concepts, TASKS)
-    assert len(cases) == 200 * 7 + 300 * 8
+    assert len(cases) == 200 * 8 + 300 * 9
     for name, task in TASKS.items():
         right = [c.question.answer for c in cases if (c.question.kind, c.single) == (task.kind, task.single)]
         blind = {
@@ -95,6 +95,16 @@ def test_questions_of_unwanted_kinds_are_not_asked(scenes):
     assert all(case.single == scenes[case.image].is_single for case in cases)
 
 
+def test_captions_are_asked_for_without_their_prompt_too(scenes):
+    tasks = {name: TASKS[name] for name in ("caption", "describe", "caption_single", "describe_single")}
+    cases = exam_cases(scenes, load_concepts(8), tasks)
+    asked = {kind: [case for case in cases if case.question.kind == kind] for kind in ("caption", "describe")}
+    assert {case.question.question for case in asked["describe"]} == {"Describe the image."}
+    assert [case.image for case in asked["describe"]] == [case.image for case in asked["caption"]] == [*range(500)]
+    right = [[case.question.answer for case in of_kind] for of_kind in asked.values()]
+    assert right[0] == right[1] == [scene.caption for scene in scenes]
+
+
 def test_scores_of_answers_by_hand():
     cases = [
         make_case("cell", "horse"), make_case("cell", "nothing"), make_case("cell", "key"), make_case("count", "2"),
@@ -117,7 +127,7 @@ def test_answers_are_those_of_generate(scenes, toy):
     shown = [*scenes[:3], *scenes[200:204]]
     cases = exam_cases(shown, load_concepts(8), TASKS)
     answers = ask(model, processor, shown, cases, batch_size=2)
-    assert len(answers) == 3 * 7 + 4 * 8
+    assert len(answers) == 3 * 8 + 4 * 9
     assert len(set(answers)) > 3
     for case, answer in list(zip(cases, answers))[::4]:
         parts = [{"type": "image", "image": shown[case.image].image}, {"type": "text", "text": case.question.question}]
