@@ -194,6 +194,7 @@ def to_conversation(
         order = [first, *(question for question in order if question is not first)]
     if data.named_once:
         order = _name_once(order, rng)
+    # Repeated ones go only now that all are in order: what is there is asked for again and again, so is as often the first.
     order = list({question.question: question for question in order}.values())
     order = _balance(order, frozenset(item.subject for item in scene.objects), data.named_once, rng)
     chosen = [

@@ -31,7 +31,7 @@ from .emoji_drawing import Recogniser, draw_captions, reconstruct
 from .scores import Score, accuracy, f1, mean
 from .world.concepts import Concept, drawn_concepts, load_subjects
 from .world.icons import UNSEEN_VENDOR, present_vendors
-from .world.questions import Question, scene_questions, without_prompt
+from .world.questions import BARE_CAPTION, Question, scene_questions
 from .world.scenes import CELLS, SPLITS, Scene, World, evaluation_images
 
 NUM_IMAGES = 500
@@ -257,7 +257,7 @@ def exam_cases(scenes: Sequence[Scene], concepts: Sequence[Concept], tasks: dict
 def _exam_questions(scene: Scene, index: int, concepts: Sequence[Concept]) -> list[Question]:
     questions = scene_questions(scene, np.random.default_rng([7, index]), concepts)
     caption = next(question for question in questions if question.kind == "caption")
-    return [*questions, replace(caption, kind="describe", question=without_prompt(caption.question))]
+    return [*questions, replace(caption, kind="describe", question=BARE_CAPTION)]
 
 
 @torch.inference_mode()
