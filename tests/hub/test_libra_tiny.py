@@ -27,28 +27,32 @@ def test_weights_fit_into_20_megabytes():
     assert sum(sizes.values()) <= 20_000_000
 
 
+def load_drawings(drawings: str) -> tuple[list[Image.Image], list[str]]:
+    """Single drawings, one of each thing, and their names."""
+    samples = json.loads((EVALUATION / "labels.json").read_text())[drawings]
+    images = [Image.open(EVALUATION / sample["file"]).convert("RGB") for sample in samples]
+    return images, [sample["label"] for sample in samples]
+
+
 @pytest.mark.parametrize(("drawings", "least"), [("train_vendors", 0.9), ("unseen_vendor", 0.7)])
 def test_names_single_objects(captioner, drawings, least, capsys):
-    samples = json.loads((EVALUATION / "labels.json").read_text())[drawings]
-    images = [Image.open(EVALUATION / sample["file"]) for sample in samples]
+    images, names = load_drawings(drawings)
     answers = [output[0]["generated_text"] for output in captioner(images, batch_size=20)]
-    right = sum(answer == sample["label"] for answer, sample in zip(answers, samples)) / len(samples)
-    chance = 1 / len({sample["label"] for sample in samples})
+    right = sum(answer == name for answer, name in zip(answers, names)) / len(names)
+    chance = 1 / len(set(names))
     with capsys.disabled():
-        print(f"\n{drawings}: {right:.0%} of {len(samples)} named right; chance {chance:.0%}")
+        print(f"\n{drawings}: {right:.0%} of {len(names)} named right; chance {chance:.0%}")
     assert right >= least
 
 
 @pytest.mark.parametrize(("drawings", "least"), [("train_vendors", 0.9), ("unseen_vendor", 0.65)])
 def test_describes_what_it_is_asked_for_without_a_prompt(captioner, drawings, least, capsys):
     """With the name alone, no letter of an option behind it."""
-    samples = json.loads((EVALUATION / "labels.json").read_text())[drawings]
-    images = [Image.open(EVALUATION / sample["file"]) for sample in samples]
+    images, names = load_drawings(drawings)
     outputs = captioner(images, batch_size=20, prompt="Describe the image.")
-    answers = [output[0]["generated_text"] for output in outputs]
-    right = sum(answer == sample["label"] for answer, sample in zip(answers, samples)) / len(samples)
+    right = sum(output[0]["generated_text"] == name for output, name in zip(outputs, names)) / len(names)
     with capsys.disabled():
-        print(f"\n{drawings}: {right:.0%} of {len(samples)} described right")
+        print(f"\n{drawings}: {right:.0%} of {len(names)} described right")
     assert right >= least
 
 
@@ -85,40 +89,43 @@ def letters_right(captioner, images: list[Image.Image], present: list[list[str]]
     return sum(answer == letter for answer, letter in zip(answers, letters)) / len(letters)
 
 
-def in_opposite_corners(first: Image.Image, second: Image.Image) -> Image.Image:
-    grid = Image.new("RGB", (96, 96), "white")
-    grid.paste(first.resize((48, 48)), (0, 0))
-    grid.paste(second.resize((48, 48)), (48, 48))
-    return grid
+def in_pairs(images: list[Image.Image]) -> list[Image.Image]:
+    """Each image in the top left and the one before it in the bottom right."""
+    pairs = []
+    for place, image in enumerate(images):
+        pair = Image.new("RGB", (96, 96), "white")
+        pair.paste(image.resize((48, 48)), (0, 0))
+        pair.paste(images[place - 1].resize((48, 48)), (48, 48))
+        pairs.append(pair)
+    return pairs
 
 
 @pytest.mark.parametrize(("drawings", "least"), [("train_vendors", 0.9), ("unseen_vendor", 0.75)])
 def test_answers_choices_with_the_letter_alone(captioner, drawings, least, capsys):
     """About single drawings, and about two of them in opposite corners."""
-    samples = json.loads((EVALUATION / "labels.json").read_text())[drawings]
-    labels = sorted({sample["label"] for sample in samples})
-    images = [Image.open(EVALUATION / sample["file"]).convert("RGB") for sample in samples]
-    names = [sample["label"] for sample in samples]
-    right = letters_right(captioner, images, [[name] for name in names], labels)
-    pairs = [in_opposite_corners(image, images[place - 1]) for place, image in enumerate(images)]
+    images, names = load_drawings(drawings)
+    right = letters_right(captioner, images, [[name] for name in names], names)
     both = [[name, names[place - 1]] for place, name in enumerate(names)]
-    right_of_two = letters_right(captioner, pairs, both, labels)
+    right_of_two = letters_right(captioner, in_pairs(images), both, names)
     with capsys.disabled():
-        print(f"\n{drawings}: {right:.0%} of {len(samples)} letters right, {right_of_two:.0%} of two; chance 25%")
+        print(f"\n{drawings}: {right:.0%} of {len(names)} letters right, {right_of_two:.0%} of two; chance 25%")
     assert min(right, right_of_two) >= least
 
 
 @pytest.mark.parametrize(("drawings", "least"), [("train_vendors", 0.9), ("unseen_vendor", 0.75)])
 def test_affirms_what_is_there_and_denies_the_rest(captioner, drawings, least, capsys):
     """As the first question, of two drawings in opposite corners; neither answer is preferred."""
-    samples = json.loads((EVALUATION / "labels.json").read_text())[drawings]
-    images = [Image.open(EVALUATION / sample["file"]).convert("RGB") for sample in samples]
-    names = [sample["label"] for sample in samples]
-    pairs = [in_opposite_corners(image, images[place - 1]) for place, image in enumerate(images)]
-    there = ask(captioner, pairs, [f"Is there {with_article(name)} in the image?\n{PROMPT_SHORT}" for name in names])
+    images, names = load_drawings(drawings)
     absent = [names[place - len(names) // 2] for place in range(len(names))]
-    answers = ask(captioner, pairs, [f"Is there {with_article(name)} in the image?\n{PROMPT_SHORT}" for name in absent])
-    affirmed, denied = there.count("yes") / len(names), answers.count("no") / len(names)
+    answers = [
+        ask(
+            captioner,
+            in_pairs(images),
+            [f"Is there {with_article(name)} in the image?\n{PROMPT_SHORT}" for name in asked],
+        )
+        for asked in (names, absent)
+    ]
+    affirmed, denied = answers[0].count("yes") / len(names), answers[1].count("no") / len(names)
     with capsys.disabled():
         print(f"\n{drawings}: of what is there {affirmed:.0%} affirmed, of the rest {denied:.0%} denied")
     assert min(affirmed, denied) >= least
