@@ -13,7 +13,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 OLDEST := $(VENV)-oldest/.installed
 
-.PHONY: help install test test-oldest browser lint caption demo tiny ablations bench
+.PHONY: help install test test-oldest browser lint caption demo tiny tiny-hour ablations bench
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -46,6 +46,9 @@ caption: $(RUNTIME)  ## Caption an image: make caption IMAGE=photo.png
 
 tiny: $(DEV)  ## Train libra-tiny from nothing; stages that are done are kept
 	$(BIN)/python -m training.tiny
+
+tiny-hour: $(DEV)  ## Train what an hour is enough for, from nothing
+	$(BIN)/python -m training.tiny --hour
 
 ablations: $(DEV)  ## Train the ablations of the paper's Table 3 at tiny size; runs that are done are kept
 	$(BIN)/python -m training.ablations --report training/ABLATIONS.md
