@@ -6,9 +6,9 @@
 
 Each stage is a script of its own (the command that is run is printed), shows its progress and writes to
 `runs/tiny/<stage>`. A stage that is done is not run again, one that was interrupted goes on from its last checkpoint;
-delete a stage's folder to run it anew. The result is exported to `runs/tiny/libra-tiny` and measured; it is what
-`hub_configs/libra-tiny` holds. With `--hour` it is `runs/tiny-hour` in place of `runs/tiny`: fewer steps of five of
-the stages.
+delete a stage's folder to run it anew. The result is exported to `runs/tiny/libra-tiny` and measured. How the weights in
+`hub_configs/libra-tiny` came about otherwise stands in `training/LOG.md`. With `--hour` only five of the stages are run,
+with fewer steps, and write to `runs/tiny-hour`.
 """
 
 import argparse
